@@ -1,0 +1,2390 @@
+"""What the event aggregator promises, as examples; the names of the tests are the specification.
+
+Two ways to run it, with one vocabulary to talk to it: `service` (or `serve`, with settings) in this
+process, on a free port and a temporary file, where a commit can be held up or made to fail through
+`disk`; and `process`, a real `python aggregator.py` that can be killed. What a client is told is
+checked against `rows`, which reads the file through a connection of its own.
+
+Everything here waits for conditions, up to PATIENCE_SECONDS, and never sleeps for luck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gzip
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+import aggregator
+from aggregator import Refused, Settings, Store, create_app, explain, parse, take
+
+pytestmark = [
+    pytest.mark.asyncio,  # here, because no configuration file says asyncio_mode
+    pytest.mark.filterwarnings("ignore:.*is not an async function"),
+]
+
+HERE = Path(__file__).resolve().parent
+PATIENCE_SECONDS = 20.0  # for what takes milliseconds, on a machine that has other things to do
+needs_publisher = pytest.mark.skipif(not (HERE / "publisher.py").exists(), reason="no publisher.py")
+
+
+# --- Vocabulary: events ------------------------------------------------------------------------
+# event, numbered, json_of, in_all_forms, rows, same_json, faults_of, Says
+
+ABSENT: Any = object()
+
+
+def event(**changes: Any) -> dict[str, Any]:
+    """A good event with some fields changed; ABSENT takes a field away."""
+    fields = {
+        "topic": "order.created",
+        "event_id": "1",
+        "timestamp": "2025-10-24T10:30:00Z",
+        "source": "shop",
+        "payload": {"amount": 9.95},
+    }
+    return {name: value for name, value in (fields | changes).items() if value is not ABSENT}
+
+
+def numbered(numbers: Sequence[int], **changes: Any) -> list[dict[str, Any]]:
+    """Good events with these numbers for ids."""
+    return [event(event_id=str(number), **changes) for number in numbers]
+
+
+def json_of(document: Any) -> bytes:
+    """The document as a body; infinity becomes 1e400, which is what a client can send."""
+    return json.dumps(document).replace("Infinity", "1e400").encode()
+
+
+def in_all_forms(bad: Any) -> list[tuple[Any, list[Any]]]:
+    """Bodies that hold a bad event, each with the loc of that event."""
+    good = event(event_id="good")
+    return [
+        (bad, ["body"]),
+        ({"events": [good, bad]}, ["body", "events", 1]),
+        ([good, bad, good], ["body", 1]),
+    ]
+
+
+def rows(db: Path) -> list[dict[str, Any]]:
+    """The truth: the stored events in order, as the service should return them."""
+    query = """
+        SELECT name AS topic, event_id, timestamp, source, payload
+        FROM events JOIN topics ON topics.id = topic_id ORDER BY seq
+    """
+    with contextlib.closing(sqlite3.connect(db, timeout=PATIENCE_SECONDS)) as truth:
+        truth.row_factory = sqlite3.Row
+        found = [dict(row) for row in truth.execute(query)]
+    return [row | {"payload": json.loads(row["payload"])} for row in found]
+
+
+def same_json(one: Any, other: Any) -> bool:
+    """Equal as JSON; for Python alone, True is 1, 1 is 1.0, and 0.0 is -0.0."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def faults_of(body: bytes) -> list[dict[str, Any]]:
+    """What `parse` finds wrong with a body; [] if it takes it."""
+    try:
+        parse(body)
+    except Refused as refusal:
+        assert refusal.status == 422
+        return refusal.detail
+    return []
+
+
+class Says:
+    """Equal to any string that begins like this and goes on."""
+
+    def __init__(self, start: str) -> None:
+        self.start = start
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and other.startswith(self.start) and other != self.start
+
+    def __repr__(self) -> str:
+        return f"{self.start!r}…"
+
+
+# --- Vocabulary: services ----------------------------------------------------------------------
+# until, Answer, Feed, Service, InProcess, Process, Disk; serve, service, process, disk
+
+
+async def until(condition: Callable[[], Any]) -> Any:
+    """Waits until the condition (a function, a coroutine function) is true; returns its value."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited in vain: {inspect.getsource(condition)}"
+        await asyncio.sleep(0.005)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP response, its header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Of a 202: received, unique, duplicates."""
+        assert self.status == 202, self
+        document = self.document
+        received, unique, duplicates = map(
+            document.pop, ("received", "unique_processed", "duplicate_dropped")
+        )
+        assert document == {"message": f"Received {received} event(s) for processing"}
+        return received, unique, duplicates
+
+    def detail(self, status: int) -> Any:
+        """Of a refusal with this status: why."""
+        assert self.status == status, self
+        assert self.headers["content-type"].startswith("application/json")
+        assert list(self.document) == ["detail"]
+        if status == 503:
+            assert self.headers["retry-after"] == "1"
+        return self.document["detail"]
+
+
+class Feed:
+    """A live feed that a client has opened."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self._lines = response.content
+
+    async def block(self) -> dict[str, str] | None:
+        """The next block by its fields, that of a comment being ""; None at the end."""
+        fields: dict[str, str] = {}
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while line := (await self._lines.readline()).decode():
+                if line == "\n":
+                    return fields
+                name, _, value = line.removesuffix("\n").partition(":")
+                assert name not in fields, "an event is one line of data"
+                fields[name] = value.removeprefix(" ")
+        return None
+
+    async def take(self, count: int) -> list[tuple[int, dict[str, Any]]]:
+        """The next events with their sequence numbers; fewer if the feed ends before."""
+        found: list[tuple[int, dict[str, Any]]] = []
+        while len(found) < count and (block := await self.block()) is not None:
+            if "data" in block:
+                found.append((int(block["id"]), json.loads(block["data"])))
+        return found
+
+
+class Service:
+    """An aggregator as a client sees it: an address; and its file, for the truth."""
+
+    def __init__(self, db: Path) -> None:
+        self.db, self.port = db, 0
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(PATIENCE_SECONDS),
+            skip_auto_headers=["Content-Type"],
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        **query: Any,
+    ) -> Answer:
+        """A request and its answer."""
+        async with self.session.request(
+            method, self.url + path, data=body, headers=headers, params=query
+        ) as response:
+            found = {name.lower(): value for name, value in response.headers.items()}
+            return Answer(response.status, found, await response.read())
+
+    async def publish(self, body: Any, **headers: str) -> Answer:
+        """POST /publish; bytes and streams go as they are, all else as JSON."""
+        if not isinstance(body, (bytes, AsyncIterator)):
+            body = json_of(body)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.ask(
+            "POST", "/publish", body, {"Content-Type": "application/json"} | headers
+        )
+
+    async def read(self, **query: Any) -> dict[str, Any]:
+        """GET /events, as JSON."""
+        answer = await self.ask("GET", "/events", **query)
+        assert answer.status == 200, answer
+        return answer.document
+
+    async def stored(self, **query: Any) -> list[dict[str, Any]]:
+        """The events of GET /events."""
+        return (await self.read(**query))["events"]
+
+    async def stats(self) -> tuple[int, int, int]:
+        """GET /stats: received, unique, duplicates."""
+        document = (await self.ask("GET", "/stats")).document
+        return tuple(document[f"{name}"] for name in COUNTERS)
+
+    async def health(self) -> int:
+        """The status of GET /."""
+        return (await self.ask("GET", "/")).status
+
+    async def metric(self, sample: str) -> float:
+        """One value of GET /metrics."""
+        return samples((await self.ask("GET", "/metrics")).body.decode())[sample]
+
+    @contextlib.asynccontextmanager
+    async def feed(self, *, last_event_id: str = "", **query: Any) -> AsyncIterator[Feed]:
+        """GET /events as a live feed."""
+        headers = {"Accept": "text/event-stream"}
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
+        async with self.session.get(
+            self.url + "/events", headers=headers, params=query
+        ) as response:
+            assert response.status == 200
+            yield Feed(response)
+
+    @contextlib.asynccontextmanager
+    async def connection(self, *sent: bytes) -> AsyncIterator[Connection]:
+        """A socket to the service, for what no HTTP library would send."""
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", self.port))
+        try:
+            await connection.send(*sent)
+            yield connection
+        finally:
+            connection.hang_up()
+
+
+COUNTERS = ("received", "unique_processed", "duplicate_dropped")
+
+
+class Connection:
+    """A client's socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self._writer = reader, writer
+
+    async def send(self, *pieces: bytes) -> None:
+        """Sends these bytes."""
+        self._writer.write(b"".join(pieces))
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
+
+    async def answer(self) -> Answer:
+        """The next response."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+            status, *fields = head.removesuffix("\r\n\r\n").split("\r\n")
+            headers = {name.lower(): value for name, value in (f.split(": ", 1) for f in fields)}
+            body = await self.reader.readexactly(int(headers["content-length"]))
+        return Answer(int(status.split(" ")[1]), headers, body)
+
+    def hang_up(self) -> None:
+        """Closes the socket without a good-bye, whatever is still to be read."""
+        self._writer.transport.abort()
+
+
+def request(body: bytes, *, length: int | str | None = None, headers: str = "") -> bytes:
+    """A POST /publish as it goes over the wire, its Content-Length perhaps a lie."""
+    length = len(body) if length is None else length
+    head = f"POST /publish HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n{headers}\r\n"
+    return head.encode() + body
+
+
+class InProcess(Service):
+    """A service in this process, so that a test can reach its constants and its Store."""
+
+    async def start(self, **settings: Any) -> None:
+        """Starts it as `python aggregator.py` does, but for signals and the log."""
+        app = create_app(Settings(db=str(self.db), **settings))
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=aggregator.SHUTDOWN_SECONDS
+        )
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """What SIGTERM does."""
+        await self._runner.cleanup()
+
+
+Serve = Callable[..., Awaitable[InProcess]]
+
+
+@pytest_asyncio.fixture
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    """Starts services in this process: `await serve(max_body_bytes=1000)`."""
+    services: list[InProcess] = []
+
+    async def start(db: Path = tmp_path / "events.db", **settings: Any) -> InProcess:
+        services.append(InProcess(db))
+        await services[-1].start(**settings)
+        return services[-1]
+
+    yield start
+    for service in services:
+        await service.session.close()
+        await service.stop()
+
+
+@pytest_asyncio.fixture
+async def service(serve: Serve) -> InProcess:
+    """A service in this process with the default settings."""
+    return await serve()
+
+
+class Process(Service):
+    """A real `python aggregator.py`."""
+
+    def __init__(
+        self, db: Path, log: Path, flags: Sequence[str], environment: dict[str, str]
+    ) -> None:
+        super().__init__(db)
+        self._arguments = [sys.executable, str(HERE / "aggregator.py"), *flags]
+        self._environment = clean_environment(environment)
+        self._log_file = log
+        self.popen: subprocess.Popen[bytes] | None = None
+
+    async def start(self, *flags: str) -> None:
+        """Returns once it says where it listens."""
+        heard = len(self.log())
+        with self._log_file.open("ab") as log:
+            self.popen = subprocess.Popen(
+                [*self._arguments, *flags], env=self._environment, stdout=log, stderr=log
+            )
+        place = re.compile(r"Listening on http://127\.0\.0\.1:(\d+)")
+        await until(lambda: place.search(self.log(), heard) or self.popen.poll() is not None)
+        found = place.search(self.log(), heard)
+        assert found, self.log()
+        self.port = int(found[1])
+
+    def log(self) -> str:
+        """All that it has written so far."""
+        return self._log_file.read_text() if self._log_file.exists() else ""
+
+    async def ended(self) -> int:
+        """Waits for its end; returns its exit code."""
+        await until(lambda: self.popen.poll() is not None)
+        return self.popen.returncode
+
+    async def kill(self) -> None:
+        """kill -9"""
+        self.popen.kill()
+        await self.ended()
+
+    async def terminate(self, number: int = signal.SIGTERM) -> int:
+        """Asks it to stop; returns its exit code."""
+        self.popen.send_signal(number)
+        return await self.ended()
+
+
+def clean_environment(changes: dict[str, str]) -> dict[str, str]:
+    """The environment without what would be settings, and with these changes."""
+    names = "HOST PORT DB_PATH LOG_LEVEL MAX_BODY_BYTES MAX_IN_FLIGHT_BYTES API_TOKEN"
+    names += " AGGREGATOR_URL TOTAL_EVENTS DUPLICATE_RATE BATCH_SIZE CONCURRENCY"
+    return {name: text for name, text in os.environ.items() if name not in names.split()} | changes
+
+
+@pytest_asyncio.fixture
+async def process(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Process]]]:
+    """Starts real processes: `await process(API_TOKEN="secret")`."""
+    processes: list[Process] = []
+    usual = tmp_path / "data" / "events.db"
+
+    async def start(*flags: str, db: Path = usual, **environment: str) -> Process:
+        where = [] if "DB_PATH" in environment else ["--db", str(db)]
+        log = tmp_path / f"{len(processes)}.log"
+        processes.append(Process(db, log, ["--port", "0", *where, *flags], environment))
+        await processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for each in processes:
+        await each.session.close()
+        if each.popen and each.popen.poll() is None:
+            await each.kill()
+
+
+StartProcess = Callable[..., Awaitable[Process]]
+
+
+class Disk:
+    """Store.commit under the test's control: watched, held up, made to fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.groups: list[int] = []  # the requests in each commit that was begun
+        self.error: Exception | None = None
+        self._free = threading.Event()
+        self._free.set()
+        really_commit = Store.commit
+
+        def commit(store: Store, publications: Sequence[Any]) -> Any:
+            self.groups.append(len(publications))
+            assert self._free.wait(PATIENCE_SECONDS)
+            if self.error:
+                raise self.error
+            return really_commit(store, publications)
+
+        monkeypatch.setattr(Store, "commit", commit)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No commit gets any further while this lasts."""
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._free.set()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """Ask for it before `service`."""
+    return Disk(monkeypatch)
+
+
+@contextlib.contextmanager
+def locked(db: Path) -> Iterator[None]:
+    """Another program is writing into the file."""
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+async def all_adds_up(service: Service) -> list[dict[str, Any]]:
+    """What holds at every moment, by the file and by the answers; returns the stored events."""
+    truth = rows(service.db)
+    identities = {(row["topic"], row["event_id"]) for row in truth}
+    assert len(identities) == len(truth), "an event is stored twice"
+    received, unique, duplicates = await service.stats()
+    assert unique == len(truth)
+    assert received == unique + duplicates
+    answer = (await service.ask("GET", "/stats")).document
+    assert answer["topics"] == sorted({row["topic"] for row in truth})
+    assert same_json(await service.stored(), truth)
+    return truth
+
+
+# --- Starting it -------------------------------------------------------------------------------
+
+# What is wrong: flags, variables, a word of the line that says so. Each has a {folder} of its own
+# with `text` (no database), `newer.db`, `other.db` in it; {port} is in use.
+STARTS_THAT_FAIL = {
+    "a port that is no number": (["--port", "many"], {}, "port"),
+    "a port that is too high": (["--port", "65536"], {}, "65536"),
+    "a port in the environment that is no number": ([], {"PORT": "many"}, "port"),
+    "a port in use": (["--port", "{port}"], {}, "{port}"),
+    "a host that is no name": (["--host", ".."], {}, ".."),
+    "an unknown log level": (["--log-level", "LOUD"], {}, "LOUD"),
+    "bodies of no size": (["--max-body-bytes", "0"], {}, "max-body-bytes"),
+    "room for less than one body": (["--max-in-flight-bytes", "1000"], {}, "in-flight"),
+    "a token that no header can carry": (["--api-token", "a b"], {}, "token"),
+    "a database that is a folder": (["--db", "{folder}"], {}, "{folder}"),
+    "a database in a folder that cannot be": (["--db", "{folder}/text/x.db"], {}, "text/x.db"),
+    "a file that is no database": (["--db", "{folder}/text"], {}, "{folder}/text"),
+    "a database of a newer version": (["--db", "{folder}/newer.db"], {}, "newer"),
+    "a database of another program": (["--db", "{folder}/other.db"], {}, "other.db"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FailedStart:
+    """What became of one of STARTS_THAT_FAIL."""
+
+    code: int
+    out: str
+    err: str
+    word: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def failed_starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FailedStart]:
+    """All of STARTS_THAT_FAIL, run side by side."""
+    running = {}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for case, (flags, environment, word) in STARTS_THAT_FAIL.items():
+            folder = tmp_path_factory.mktemp("start")
+            (folder / "text").write_text("Dear diary, today I was taken for a database. " * 50)
+            for name, sql in ("newer", "PRAGMA user_version = 99"), ("other", "CREATE TABLE t (x)"):
+                with contextlib.closing(sqlite3.connect(folder / f"{name}.db")) as db:
+                    db.execute(sql)
+
+            def fill(text: str, folder: Path = folder) -> str:
+                return text.format(folder=folder, port=taken.getsockname()[1])
+
+            usual = [] if "PORT" in environment else ["--port", "0"]
+            arguments = ["--db", f"{folder}/events.db", *usual, *map(fill, flags)]
+            popen = subprocess.Popen(
+                [sys.executable, str(HERE / "aggregator.py"), *arguments],
+                env=clean_environment(environment),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            running[case] = popen, fill(word), folder
+        ended = {}
+        for case, (popen, word, folder) in running.items():
+            try:
+                out, err = popen.communicate(timeout=PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:  # it serves, and should not
+                popen.kill()
+                out, err = popen.communicate()
+            ended[case] = FailedStart(popen.returncode, out, err, word, folder)
+    return ended
+
+
+@pytest.mark.parametrize("case", STARTS_THAT_FAIL)
+def test_a_start_that_fails_says_why_in_one_line(
+    case: str, failed_starts: dict[str, FailedStart]
+) -> None:
+    start = failed_starts[case]
+    assert start.code > 0
+    assert start.out == ""
+    assert start.err.count("\n") == 1 and start.err.endswith("\n"), start.err
+    assert "Traceback" not in start.err
+    assert start.word in start.err
+
+
+def test_a_failed_start_leaves_what_belongs_to_others_as_it_was(
+    failed_starts: dict[str, FailedStart],
+) -> None:
+    folder = failed_starts["a database of another program"].folder
+    with contextlib.closing(sqlite3.connect(folder / "other.db")) as db:
+        assert db.execute("SELECT name FROM sqlite_schema").fetchall() == [("t",)]
+        assert db.execute("PRAGMA user_version").fetchone() == (0,)
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    folder = failed_starts["a file that is no database"].folder
+    assert (folder / "text").read_text().startswith("Dear diary")
+
+
+async def test_a_flag_wins_over_its_variable_and_that_over_the_default(
+    process: StartProcess, tmp_path: Path
+) -> None:
+    db = tmp_path / "a folder" / "that is made" / "events.db"
+    service = await process(
+        *("--log-level", "INFO", "--max-in-flight-bytes", "5000000"),
+        db=db,
+        PORT="1",  # --port 0 is among the flags
+        DB_PATH=str(db),
+        LOG_LEVEL="ERROR",
+        MAX_BODY_BYTES="300",
+        MAX_IN_FLIGHT_BYTES="1",
+    )
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    assert rows(db) == [event()]
+    (await service.publish(event(payload={"text": "x" * 300}))).detail(413)
+    await until(lambda: "Processed new" in service.log())
+
+
+def test_its_defaults_are_safe_and_those_of_the_contract() -> None:
+    settings = Settings()
+    assert (settings.host, settings.port, settings.db) == ("127.0.0.1", 8080, "data/dedup.db")
+    assert (settings.log_level, settings.max_body_bytes) == ("INFO", 4 * 1024 * 1024)
+    assert settings.max_body_bytes <= settings.max_in_flight_bytes
+    assert not settings.api_token
+
+
+# --- The event ---------------------------------------------------------------------------------
+
+
+async def test_an_event_is_stored_and_returned_as_it_was_sent(service: InProcess) -> None:
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    assert rows(service.db) == [event()]
+    assert await service.stored() == [event()]
+
+
+PAYLOADS = {
+    "nothing": "{}",
+    "every kind of value": '{"a": [null, true, false, 1, 1.0, "", [], {}], "": {"b": {"c": []}}}',
+    "any script": '{"Grüße": "日本語 🎉 \u0627\u0644", "\\ud83c\\udf89": "\\u00e9"}',
+    "line ends": '{"a\\nb": "c\\r\\nd\\u2028e\\u2029f\\u0085"}',
+    "quotes and slashes": r'{"a\"b\\c\/d": "\b\f\t\u001b'
+    "'"
+    r'; DROP TABLE events; --"}',
+    "NUL in keys and values": r'{"a\u0000b": "c\u0000d", "\u0000": "\u0000"}',
+    "what looks like SQL or JSON": '{"$.a": "{}", "[0]": "json(\'1\')", "null": "null"}',
+    "large integers": json.dumps({"n": [2**53 + 1, 2**63 - 1, 2**63, -(2**63) - 1, 2**64, 10**99]}),
+    "an integer of 4300 digits": '{"n": %s, "m": -%s}' % ("9" * 4300, "1" + "0" * 4299),
+    "floats": '{"n": [0.1, 1e308, 5e-324, -0.0, 0.0, 1E5, 1e16, 0.30000000000000004, -2.5e-7]}',
+    "as precise as a float can be": '{"n": [1.7976931348623157e308, 123456789.12345678, 1e-400]}',
+    "duplicated keys": '{"a": 1, "b": {"c": 2, "c": 3}, "a": {"d": 4}}',
+    "noncharacters": '{"\uffff\ufffe": "\ufdd0\ufeff\U0010ffff"}',
+    "many members": json.dumps({str(number): number for number in range(2000)}),
+    "long strings": json.dumps({"x" * 5000: "ü" * 50_000}),
+}
+
+
+@pytest.mark.parametrize("case", PAYLOADS)
+async def test_a_payload_comes_back_equal(case: str, service: InProcess) -> None:
+    sent = json_of(event(payload="HERE")).replace(b'"HERE"', PAYLOADS[case].encode())
+    assert (await service.publish(sent)).counts == (1, 1, 0)
+    expected = event(payload=json.loads(PAYLOADS[case]))  # of two equal keys the last one counts
+    assert same_json(await service.stored(), [expected])
+    assert same_json(rows(service.db), [expected])
+
+
+async def test_a_payload_nested_as_deep_as_the_parsers_take_is_kept_and_a_deeper_one_refused(
+    service: InProcess,
+) -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"a":' * depth + b"1" + b"}" * depth
+
+    async def accepts(depth: int) -> bool:
+        body = json_of(event(event_id=str(depth), payload="HERE"))
+        answer = await service.publish(body.replace(b'"HERE"', nested(depth)))
+        if answer.status == 202:
+            # Compared as text: this test's parser, too, has its limits.
+            stored = await service.ask("GET", "/events", after=answered)
+            assert nested(depth) in stored.body
+            return True
+        (fault,) = answer.detail(422)
+        assert fault["type"] == "json_invalid"
+        return False
+
+    answered = 0
+    depths = [100, 500, *range(930, 1030), 5000, 50_000]
+    taken = [depth for depth in depths if await accepts(depth)]
+    assert taken == depths[: len(taken)] and 500 in taken and 5000 not in taken
+
+
+@pytest.mark.parametrize("form", [b"%b", b"[%b]", b'{"events":[%b]}'])
+@pytest.mark.parametrize("topic", [b'"order"', b"1"])
+def test_at_no_depth_of_nesting_is_an_answer_anything_but_yes_or_invalid(
+    form: bytes, topic: bytes
+) -> None:
+    start = json_of(event(payload="HERE")).replace(b'"order.created"', topic)
+    for depth in range(900, 1010):
+        payload = b'{"a":' * depth + b"1" + b"}" * depth
+        faults = faults_of(form % start.replace(b'"HERE"', payload))
+        assert {fault["type"] for fault in faults} <= {"json_invalid", "string_type"}
+        assert faults or topic == b'"order"'
+
+
+async def test_white_space_around_topic_id_and_source_is_stripped_and_no_part_of_the_identity(
+    service: InProcess,
+) -> None:
+    padded = event(topic="  a b\t", event_id="\r\n1\u3000", source="\u00a0s\n")
+    assert (await service.publish(padded)).counts == (1, 1, 0)
+    assert (await service.publish(event(topic="a b", event_id="1"))).counts == (1, 0, 1)
+    assert await service.stored() == [event(topic="a b", event_id="1", source="s")]
+
+
+async def test_a_name_has_up_to_512_characters_not_counting_what_is_stripped(
+    service: InProcess,
+) -> None:
+    name = "🎉" * 512
+    sent = event(topic=f" {name} ", event_id=f"\t{name}", source=f"{name}\n")
+    assert (await service.publish(sent)).counts == (1, 1, 0)
+    assert await service.stored() == [event(topic=name, event_id=name, source=name)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["-", "0", "null", "a b", "$.a", "{}", "[0]", "'; --", '"', "\\", "%", "a\u0301", "\ufeff", "🎉"],
+)
+async def test_a_name_may_be_any_text_without_control_characters(
+    name: str, service: InProcess
+) -> None:
+    sent = event(topic=name, event_id=name, source=name)
+    assert (await service.publish([sent, sent])).counts == (2, 1, 1)
+    assert await all_adds_up(service) == [sent]
+    assert await service.stored(topic=name) == [sent]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_new"),
+    [
+        ({}, False),
+        ({"payload": {"amount": 0}}, False),
+        ({"timestamp": "2030-01-01 00:00:00"}, False),
+        ({"source": "another"}, False),
+        ({"topic": "order.created "}, False),
+        ({"event_id": "2"}, True),
+        ({"topic": "order.paid"}, True),
+        ({"topic": "ORDER.CREATED"}, True),
+        ({"event_id": "01"}, True),
+        ({"event_id": "1.0"}, True),
+        ({"event_id": "１"}, True),
+    ],
+)
+async def test_topic_and_event_id_are_the_identity_and_the_first_event_with_it_is_kept(
+    changes: dict[str, Any], is_new: bool, service: InProcess
+) -> None:
+    await service.publish(event())
+    again = event(**changes)
+    assert (await service.publish(again)).counts == (1, int(is_new), int(not is_new))
+    assert rows(service.db) == [event(), again][: 1 + is_new]
+
+
+async def test_ids_that_only_differ_in_unicode_normalization_are_two(service: InProcess) -> None:
+    both = [event(event_id="\u00e9"), event(event_id="e\u0301")]
+    assert (await service.publish(both)).counts == (2, 2, 0)
+
+
+TIMESTAMPS = [
+    "2025-10-24T10:30:00Z",
+    "2025-10-24T10:30:00",
+    "2025-10-24 10:30:00",
+    "2025-10-24 10:30:00.5Z",
+    "2025-10-24T10:30:00.123456Z",
+    "2025-10-24T10:30:00.123456789+07:00",
+    "2025-10-24T10:30:00-05:30",
+    "2025-10-24T00:00:00+00:00",
+    "2024-02-29T23:59:59Z",
+    "0001-01-01T00:00:00Z",
+    "9999-12-31T23:59:59.999999-12:00",
+]
+NO_TIMESTAMPS = [
+    "",
+    "yesterday",
+    "1761301800",
+    "10:30:00",
+    "2025-10-24",
+    "2025-10-24T",
+    "2025-10-24X10:30:00Z",
+    "2025-W43-5T10:30:00Z",
+    "2025-13-01T10:30:00Z",
+    "2025-00-01T10:30:00Z",
+    "2025-02-29T10:30:00Z",
+    "2025-04-31T10:30:00Z",
+    "2025-10-24T25:00:00Z",
+    "2025-10-24T10:61:00Z",
+    "2025-10-24T10:30:99Z",
+    "2025-10-24T10:30:00+25:00",
+    "2025-10-24T10:30:00+02:75",
+    "2025-10-24T10:30:00.Z",
+    "2025-10-24T10:30:00ZZ",
+    "2025-10-24T10:30:00Z and so on",
+    "2025-10-24T10:30:00Z\n",
+    "2025-10-24T10:30:00Z\0",
+    "２０２５-10-24T10:30:00Z",
+    "2025-10-24T10:30:00Z\ud800",
+]
+
+
+async def test_a_timestamp_is_an_iso_8601_date_and_time_and_kept_as_it_was_written(
+    service: InProcess,
+) -> None:
+    sent = [event(event_id=text, timestamp=text) for text in TIMESTAMPS]
+    assert (await service.publish(sent)).counts == (len(sent), len(sent), 0)
+    assert rows(service.db) == await service.stored() == sent
+
+
+async def test_other_fields_are_ignored_and_not_stored(service: InProcess) -> None:
+    sent = event(id=7, events=[1], seq=99, note={"a": None})
+    assert (await service.publish([sent])).counts == (1, 1, 0)
+    assert await service.stored() == [event()]
+
+
+async def test_of_duplicated_keys_the_last_one_counts_also_for_the_identity(
+    service: InProcess,
+) -> None:
+    body = json_of(event(topic="last", event_id="last"))
+    body = b'{"topic": "first", "event_id": 5, "payload": [], ' + body[1:]
+    assert (await service.publish(body)).counts == (1, 1, 0)
+    assert await service.stored() == [event(topic="last", event_id="last")]
+    twice = b'{"events": 5, "events": [%b]}' % json_of(event(topic="last", event_id="last"))
+    assert (await service.publish(twice)).counts == (1, 0, 1)
+
+
+# --- Publish -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body", [event(), {"events": [event()]}, [event()], {"events": [event()], "other": 1}]
+)
+async def test_a_body_is_an_event_or_a_batch_or_a_bare_array(body: Any, service: InProcess) -> None:
+    answer = await service.publish(body)
+    assert answer.counts == (1, 1, 0)
+    assert answer.headers["content-type"].startswith("application/json")
+    assert rows(service.db) == [event()]
+
+
+async def test_an_object_with_events_and_event_id_is_an_event(service: InProcess) -> None:
+    assert (await service.publish(event(events=[]))).counts == (1, 1, 0)
+
+
+async def test_a_duplicate_in_the_same_batch_is_counted_once_and_dropped(
+    service: InProcess,
+) -> None:
+    first, second = event(payload={"n": 1}), event(payload={"n": 2})
+    assert (await service.publish([first, second, event(event_id="2"), second])).counts == (4, 2, 2)
+    assert rows(service.db) == [first, event(event_id="2")]
+
+
+async def test_a_duplicate_in_a_later_batch_is_counted_once_and_dropped(
+    service: InProcess,
+) -> None:
+    assert (await service.publish(numbered(range(10)))).counts == (10, 10, 0)
+    assert (await service.publish(numbered(range(5, 20)))).counts == (15, 10, 5)
+    assert await all_adds_up(service) == numbered(range(20))
+
+
+async def test_the_counts_are_of_this_request_also_in_a_shared_commit(
+    disk: Disk, service: InProcess
+) -> None:
+    batches = [range(0, 4), range(2, 6), range(0, 1), range(9, 10), range(0, 10)]
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(event(event_id="first")))]
+        await until(lambda: disk.groups)
+        for number, batch in enumerate(batches):
+            waiting.append(asyncio.create_task(service.publish(numbered(batch))))
+            await until(lambda: queued(service, number + 1))
+    answers = [(await answer).counts for answer in waiting]
+    assert answers == [(1, 1, 0), (4, 4, 0), (4, 2, 2), (1, 0, 1), (1, 1, 0), (10, 3, 7)]
+    assert disk.groups == [1, 5], "all that waits is committed together"
+    assert len(await all_adds_up(service)) == 11
+
+
+async def queued(service: Service, requests: int) -> bool:
+    """Whether so many requests wait behind the commit that is being made."""
+    return await service.metric("aggregator_requests_queued") == requests
+
+
+async def test_202_is_sent_only_after_the_commit(disk: Disk, service: InProcess) -> None:
+    with disk.held():
+        waiting = asyncio.create_task(service.publish(event()))
+        await until(lambda: disk.groups)
+        for _ in range(5):  # each of them would give an answer time to arrive
+            assert await service.stats() == (0, 0, 0)
+        assert not waiting.done() and rows(service.db) == []
+    assert (await waiting).counts == (1, 1, 0)
+    assert rows(service.db) == [event()]
+
+
+async def test_whoever_commits_waits_for_the_disk(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    levels = []
+
+    class Watched(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if sql.strip().upper().startswith("COMMIT"):
+                levels.append(super().execute("PRAGMA synchronous").fetchone()[0])
+            return super().execute(sql, *values)
+
+        def commit(self) -> None:
+            self.execute("COMMIT")
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Watched))
+    service = await serve()
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    full = 2
+    assert levels and min(levels) >= full
+
+
+async def test_a_request_is_stored_whole_or_not_at_all(service: InProcess) -> None:
+    (await service.publish([*numbered(range(50)), event(topic="")])).detail(422)
+    (await service.publish({"events": [event(source=5), *numbered(range(50))]})).detail(422)
+    assert rows(service.db) == []
+    assert await service.stats() == (0, 0, 0)
+    assert (await service.publish(numbered(range(50)))).counts == (50, 50, 0)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/json", "Application/JSON", "application/json; charset=utf-8; x=y", None],
+)
+async def test_json_or_no_content_type_is_taken(
+    content_type: str | None, service: InProcess
+) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = await service.ask("POST", "/publish", json_of(event()), headers)
+    assert answer.counts == (1, 1, 0)
+
+
+async def test_fifty_publishers_of_the_same_ids_store_each_once(service: InProcess) -> None:
+    chance = random.Random(50)
+
+    async def publisher() -> list[tuple[int, int, int]]:
+        numbers = list(range(60))
+        chance.shuffle(numbers)
+        batches = [numbers[:1], numbers[1:2], numbers[2:30], numbers[30:]]
+        return [(await service.publish(numbered(batch))).counts for batch in batches]
+
+    answers = itertools.chain(*await asyncio.gather(*(publisher() for _ in range(50))))
+    assert [sum(column) for column in zip(*answers)] == [3000, 60, 2940]
+    assert await service.stats() == (3000, 60, 2940)
+    assert len(await all_adds_up(service)) == 60
+
+
+async def test_a_body_may_come_in_chunks_of_any_size(service: InProcess) -> None:
+    body = json_of(numbered(range(20)))
+
+    async def in_chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 97):
+            yield body[start : start + 97]
+            if start % 5 == 0:
+                await asyncio.sleep(0)
+
+    assert (await service.publish(in_chunks())).counts == (20, 20, 0)
+
+
+async def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(
+    service: InProcess,
+) -> None:
+    for body, status in (json_of(event()), 202), (b"[]", 422):
+        head = request(b"", length=len(body), headers="Expect: 100-continue\r\n")
+        async with service.connection(head) as client:
+            assert b" 100 " in await client.reader.readuntil(b"\r\n\r\n")
+            await client.send(body)
+            assert (await client.answer()).status == status
+
+
+def raw_deflate(plain: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-15)
+    return compressor.compress(plain) + compressor.flush()
+
+
+COMPRESSORS = {
+    "gzip": ("gzip", gzip.compress),
+    "gzip, named in capitals": ("GZIP", gzip.compress),
+    "deflate": ("deflate", zlib.compress),
+    "deflate without its header": ("deflate", raw_deflate),
+}
+
+
+@pytest.mark.parametrize("case", [*COMPRESSORS, "identity"])
+async def test_a_body_may_be_compressed(case: str, service: InProcess) -> None:
+    encoding, compress = COMPRESSORS.get(case, ("identity", bytes))
+    sent = numbered(range(300))
+    answer = await service.publish(compress(json_of(sent)), Content_Encoding=encoding)
+    assert answer.counts == (300, 300, 0)
+    assert await service.stored() == sent
+
+
+async def test_bodies_of_log_shippers_are_understood(service: InProcess) -> None:
+    fluent_bit = [{"date": 1761301800.25} | event(event_id="f1"), {"date": 1.5} | event(event_id="f2")]
+    body = gzip.compress(json.dumps(fluent_bit, separators=(",", ":")).encode())
+    assert (await service.publish(body, Content_Encoding="gzip")).counts == (2, 2, 0)
+    vector = [event(event_id=f"v{n}", host="web-1", source_type="file") for n in range(3)]
+    body = b"[" + b",".join(json.dumps(each).encode() for each in vector) + b"]"
+    assert (await service.publish(body)).counts == (3, 3, 0)
+    assert [each["event_id"] for each in await service.stored()] == ["f1", "f2", "v0", "v1", "v2"]
+
+
+# --- Refusals: 422 -----------------------------------------------------------------------------
+
+MISSING = {"type": "missing", "msg": "Field required"}
+NO_STRING = {"type": "string_type", "msg": "Input should be a valid string"}
+NO_OBJECT = {
+    "type": "model_attributes_type",
+    "msg": "Input should be a valid dictionary or object to extract fields from",
+}
+NO_LIST = {"type": "list_type", "msg": "Input should be a valid list"}
+TOO_SHORT = {
+    "type": "string_too_short",
+    "msg": "String should have at least 1 character",
+    "ctx": {"min_length": 1},
+}
+TOO_LONG = {
+    "type": "string_too_long",
+    "msg": "String should have at most 512 characters",
+    "ctx": {"max_length": 512},
+}
+BLANK = {"type": "value_error", "msg": "Value error, Field cannot be empty or whitespace only"}
+CONTROL = {"type": "value_error", "msg": Says("Value error, ")}
+SURROGATE = {
+    "type": "string_unicode",
+    "msg": "Input should be a valid string, unable to parse raw data as a unicode string",
+}
+NO_DATETIME = {"type": "datetime_type", "msg": "Input should be a valid datetime"}
+BAD_DATETIME = {"type": "datetime_parsing", "msg": Says("Input should be a valid datetime, ")}
+NO_DICT = {"type": "dict_type", "msg": "Input should be a valid dictionary"}
+NOT_FINITE = {"type": "finite_number", "msg": "Input should be a finite number"}
+NO_EVENTS = {
+    "type": "too_short",
+    "msg": "List should have at least 1 item after validation, not 0",
+    "ctx": {"field_type": "List", "min_length": 1, "actual_length": 0},
+}
+NO_JSON = {"type": "json_invalid", "msg": "JSON decode error", "ctx": {"error": Says("")}}
+
+# One bad field: its name, its value, the entry (to which the test adds the loc).
+BAD_FIELDS: list[tuple[str, Any, dict[str, Any]]] = [
+    *(
+        (field, value, entry)
+        for field in ("topic", "event_id", "source")
+        for value, entry in [
+            (ABSENT, MISSING),
+            *((value, NO_STRING) for value in (None, True, 5, 0.5, ["x"], {"x": 1}, math.inf)),
+            ("", TOO_SHORT),
+            *((value, BLANK) for value in (" ", "\t\r\n", "\u3000\u00a0")),
+            *((value, TOO_LONG) for value in ("x" * 513, " " + "ü" * 600)),
+            *((f"a{value}b", CONTROL) for value in ("\n", "\r", "\0", "\x1b[31m", "\x7f", "\x85")),
+            *((value, SURROGATE) for value in ("a\ud800", "\udfff")),
+        ]
+    ),
+    ("timestamp", ABSENT, MISSING),
+    *(("timestamp", value, NO_DATETIME) for value in (None, True, 1761301800, [], {}, math.inf)),
+    *(("timestamp", value, BAD_DATETIME) for value in NO_TIMESTAMPS),
+    ("payload", ABSENT, MISSING),
+    *(("payload", value, NO_DICT) for value in (None, False, 0, "{}", [], [{"a": 1}], math.inf)),
+    *(("payload", {"a": value}, SURROGATE) for value in ("\ud800", ["\udc00x"], {"b": "\udbff"})),
+    *(("payload", {key: 1}, SURROGATE) for key in ("\ud800", "a\udfff")),
+    ("payload", {"a": {"\ud800": 1}}, SURROGATE),
+    *(("payload", {"a": value}, NOT_FINITE) for value in (math.inf, -math.inf, [{"b": [math.inf]}])),
+]
+
+
+def label(value: Any) -> str | None:
+    """A short and printable name for a row of a table."""
+    if value is ABSENT:
+        return "absent"
+    return None if isinstance(value, dict) and "type" in value else ascii(value)[:24]
+
+
+@pytest.mark.parametrize(("field", "value", "entry"), BAD_FIELDS, ids=label)
+def test_a_bad_field_is_named_with_its_place_and_its_fault(
+    field: str, value: Any, entry: dict[str, Any]
+) -> None:
+    for body, loc in in_all_forms(event(**{field: value})):
+        assert faults_of(json_of(body)) == [entry | {"loc": [*loc, field]}]
+
+
+# Bodies that are bad as a whole.
+BAD_BODIES: list[tuple[bytes, list[dict[str, Any]]]] = [
+    (b"", [MISSING | {"loc": ["body"]}]),
+    *((body, [NO_OBJECT | {"loc": ["body"]}]) for body in (b"null", b"true", b"5", b'"event"')),
+    *((body, [NO_EVENTS | {"loc": ["body"]}]) for body in (b"[]", b" [ ] ")),
+    (b'{"events": []}', [NO_EVENTS | {"loc": ["body", "events"]}]),
+    *(
+        (b'{"events": %b}' % events, [NO_LIST | {"loc": ["body", "events"]}])
+        for events in (b"null", b"{}", b'"x"', b"1")
+    ),
+    (b"[1, [], null]", [NO_OBJECT | {"loc": ["body", index]} for index in range(3)]),
+    (b'{"events": ["x"]}', [NO_OBJECT | {"loc": ["body", "events", 0]}]),
+    (
+        b"{}",
+        [
+            MISSING | {"loc": ["body", field]}
+            for field in ("topic", "event_id", "timestamp", "source", "payload")
+        ],
+    ),
+    (b'{"topic": nope}', [NO_JSON | {"loc": ["body", 10]}]),
+    *(
+        (body, [NO_JSON | {"loc": ANY}])
+        for body in (
+            *(b"{", b"nope", b"[1,]", b"{'a': 1}", b'{"a": 01}', b"{} {}", b" ", b"\0", b"[}"),
+            *(b'{"a": NaN}', b"[Infinity]", b"[-Infinity]", b'{"a": "\n"}', b'{"a": "\\x"}'),
+            *(b"\xff\xfe", b'"\xc3"', b'"\xed\xa0\x80"', b"\xef\xbb\xbf{}", "{}".encode("utf-16")),
+            *(b"[" * 100_000, b'{"a":' * 100_000, b"[" * 5000 + b"]" * 5000),
+            *(b'{"n": %b}' % (b"9" * 4301), b"-" + b"1" * 5000),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "entries"), BAD_BODIES, ids=label)
+def test_a_bad_body_is_answered_with_its_fault(body: bytes, entries: list[dict[str, Any]]) -> None:
+    faults = faults_of(body)
+    assert faults == entries
+    assert faults[0]["loc"][0] == "body"
+
+
+async def test_a_422_carries_these_entries_and_nothing_is_stored(service: InProcess) -> None:
+    table = [(body, entries) for body, entries in BAD_BODIES]
+    for field, value, entry in BAD_FIELDS:
+        body, loc = random.choice(in_all_forms(event(**{field: value})))
+        table.append((json_of(body), [entry | {"loc": [*loc, field]}]))
+    answers = await asyncio.gather(*(service.publish(body) for body, _ in table))
+    for answer, (body, entries) in zip(answers, table):
+        assert answer.detail(422) == entries, body[:200]
+    assert await service.stats() == (0, 0, 0) and rows(service.db) == []
+
+
+def test_all_errors_are_listed_events_in_order_and_fields_in_order() -> None:
+    bad = [
+        event(source="", topic=5),
+        event(),
+        "no event",
+        dict(reversed(event(payload=[], timestamp="now", event_id="a\nb").items())),
+        {},
+    ]
+    assert [tuple(fault["loc"][2:]) for fault in faults_of(json_of({"events": bad}))] == [
+        (0, "topic"),
+        (0, "source"),
+        (2,),
+        (3, "event_id"),
+        (3, "timestamp"),
+        (3, "payload"),
+        *((4, field) for field in ("topic", "event_id", "timestamp", "source", "payload")),
+    ]
+
+
+@pytest.mark.parametrize("bad", [{}, 5, {"topic": "t"}])
+async def test_at_most_100_errors_are_listed_however_many_there_are(
+    bad: Any, service: InProcess
+) -> None:
+    detail = (await service.publish([event(), *[bad] * 100_000])).detail(422)
+    assert len(detail) == 100
+    assert detail[0]["loc"][:2] == ["body", 1]
+
+
+async def test_a_refusal_does_not_echo_what_was_refused(service: InProcess) -> None:
+    secret = "4111111111111111"
+    bodies = [
+        event(topic=f"{secret}\n", event_id=f"a\0{secret}", timestamp=secret, source=[secret]),
+        event(topic=secret * 50, payload=secret),
+        event(payload={secret: "\ud800"}),
+        event(payload={secret: math.inf}),
+        [secret],
+        b'{"topic": "%b' % secret.encode(),
+        b'{"n": %b}' % (secret.encode() * 300),
+        b'"%b\xff"' % secret.encode(),
+    ]
+    for body in bodies:
+        answer = await service.publish(body)
+        assert answer.detail(422)
+        assert secret.encode() not in answer.body
+
+
+# `take` says whether all is well, `explain` what is not, and a bare few lines here what the
+# contract says. Thousands of damaged events must not find them of different minds.
+
+JUNK = [
+    *(None, True, False, 0, -1, 2.5, 10**400, math.inf, "", " ", "a", "x" * 512, "x" * 513),
+    *(" " + "x" * 512, "\n", "a\nb", "\x7f", "\x85", "a\ud800", "é🎉", [], {}, [1], {"a": []}),
+    *({"a": math.inf}, {"\ud800": 1}, {"a": ["\udfff"]}, {"a": {"a": {"\0": "\0"}}}, [math.inf]),
+    *TIMESTAMPS,
+    *NO_TIMESTAMPS,
+]
+
+
+def damaged(chance: random.Random) -> Any:
+    """An event to which something was done, mostly something bad."""
+    damaged: Any = event(event_id=f"{chance.random()}")
+    for _ in range(chance.choice([0, 1, 1, 2, 3])):
+        field = chance.choice([*event(), "other"])
+        match chance.randrange(6):
+            case 0:
+                damaged.pop(field, None)
+            case 1 | 2:
+                damaged[field] = chance.choice(JUNK)
+            case 3 if isinstance(damaged.get(field), str):
+                at = chance.randrange(len(damaged[field]) + 1)
+                piece = chance.choice([" ", "\n", "\0", "\u3000", "\udc00", "Z", "ü", "0"])
+                damaged[field] = damaged[field][:at] + piece + damaged[field][at:]
+            case 4:
+                damaged["payload"] = {"a": {str(chance.choice(JUNK)): [chance.choice(JUNK)]}}
+            case 5 if chance.random() < 0.2:
+                return chance.choice(JUNK)
+    return damaged
+
+
+def is_good(candidate: Any) -> bool:
+    """What the contract says of an event, in the plainest words."""
+
+    def is_name(value: Any) -> bool:
+        return (
+            isinstance(value, str)
+            and 1 <= len(value.strip()) <= 512
+            and not {unicodedata.category(c) for c in value.strip()} & {"Cc", "Cs"}
+        )
+
+    def is_json(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(is_json(key) and is_json(value[key]) for key in value)
+        if isinstance(value, list):
+            return all(map(is_json, value))
+        if isinstance(value, str):
+            return not any(unicodedata.category(c) == "Cs" for c in value)
+        return not isinstance(value, float) or math.isfinite(value)
+
+    return (
+        isinstance(candidate, dict)
+        and all(is_name(candidate.get(field)) for field in ("topic", "event_id", "source"))
+        and candidate.get("timestamp") not in NO_TIMESTAMPS
+        and isinstance(candidate.get("timestamp"), str)
+        and bool(ISO_8601.fullmatch(candidate["timestamp"]))
+        and isinstance(candidate.get("payload"), dict)
+        and is_json(candidate["payload"])
+    )
+
+
+ISO_8601 = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?", re.ASCII)
+
+
+def test_taking_explaining_and_parsing_agree_on_thousands_of_damaged_events() -> None:
+    chance, taken, faults = random.Random(2025), 0, Counter()
+    for _ in range(6000):
+        events = [damaged(chance) for _ in range(chance.choice([1, 1, 2, 4]))]
+        errors = explain(events, ["body", "events"])
+        assert (take(events) is None) == bool(errors), events
+        assert bool(errors) == (not all(map(is_good, events))), events
+        taken, faults = taken + (not errors), faults + Counter(error["type"] for error in errors)
+        for error in errors:
+            assert error["loc"][:2] == ["body", "events"]
+            assert not is_good(events[error["loc"][2]])
+        assert faults_of(json_of({"events": events})) == errors
+    assert taken > 500 and len(faults) >= 11, "the mutations must reach everything"
+
+
+async def test_whatever_damaged_event_is_taken_comes_back_equal(service: InProcess) -> None:
+    chance = random.Random(4)
+    good = [each for each in (damaged(chance) for _ in range(3000)) if is_good(each)]
+    answers = [await service.publish(good[n : n + 100]) for n in range(0, len(good), 100)]
+    assert {answer.status for answer in answers} == {202}
+    first: dict[tuple[str, str], Any] = {}
+    for each in good:
+        names = {field: each[field].strip() for field in ("topic", "event_id", "source")}
+        kept = {field: (each | names)[field] for field in event()}
+        first.setdefault((kept["topic"], kept["event_id"]), kept)
+    assert len(first) > 500
+    assert same_json(await all_adds_up(service), list(first.values()))
+
+
+# --- Refusals: the others ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "text/plain",
+        "text/plain; charset=application/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "application/jsonx",
+        "application/xml",
+        "json",
+    ],
+)
+async def test_another_content_type_is_415_as_a_web_page_elsewhere_could_send_it(
+    content_type: str, service: InProcess
+) -> None:
+    (await service.publish(event(), Content_Type=content_type)).detail(415)
+    assert rows(service.db) == []
+
+
+BROKEN = gzip.compress(json_of(numbered(range(100))))
+BROKEN_COMPRESSION = {
+    "truncated": ("gzip", BROKEN[: len(BROKEN) // 2]),
+    "without its last byte": ("gzip", BROKEN[:-1]),
+    "without its checksum": ("gzip", BROKEN[:-8]),
+    "only its header": ("gzip", BROKEN[:10]),
+    "nothing": ("gzip", b""),
+    "no gzip": ("gzip", json_of(event())),
+    "with a wrong checksum": ("gzip", BROKEN[:-8] + bytes(4) + BROKEN[-4:]),
+    "damaged in the middle": ("gzip", BROKEN[:60] + b"\xff" * 20 + BROKEN[80:]),
+    "followed by something": ("gzip", BROKEN + b"garbage"),
+    "truncated deflate": ("deflate", zlib.compress(json_of(event()))[:-3]),
+    "truncated raw deflate": ("deflate", raw_deflate(json_of(event()))[:-3]),
+    "no deflate": ("deflate", b"\xff\xff\xff\xff"),
+    "deflate followed by something": ("deflate", zlib.compress(json_of(event())) + b"."),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_COMPRESSION)
+async def test_broken_compression_is_400(case: str, service: InProcess) -> None:
+    encoding, body = BROKEN_COMPRESSION[case]
+    (await service.publish(body, Content_Encoding=encoding)).detail(400)
+    assert rows(service.db) == []
+    assert await service.metric("aggregator_in_flight_bytes") == 0
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "x"])
+async def test_a_compression_that_it_does_not_know_is_415(
+    encoding: str, service: InProcess
+) -> None:
+    (await service.publish(gzip.compress(json_of(event())), Content_Encoding=encoding)).detail(415)
+
+
+async def test_a_body_is_refused_above_max_body_bytes_and_taken_up_to_it(serve: Serve) -> None:
+    service = await serve(max_body_bytes=1000)
+    fits = json_of(event()).ljust(1000)
+
+    async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
+        yield body[:300]
+        yield body[300:]
+
+    for transport, encoding in [
+        (bytes, "identity"),
+        (in_chunks, "identity"),
+        (gzip.compress, "gzip"),
+        (zlib.compress, "deflate"),
+    ]:
+        assert (await service.publish(transport(fits), Content_Encoding=encoding)).status == 202
+        (await service.publish(transport(fits + b" "), Content_Encoding=encoding)).detail(413)
+    assert await service.metric("aggregator_in_flight_bytes") == 0
+    assert await service.metric('aggregator_requests_refused_total{status="413"}') == 4
+
+
+async def test_a_body_above_the_limit_is_413_also_if_all_its_chunks_come_at_once(
+    serve: Serve,
+) -> None:
+    service = await serve(max_body_bytes=1000)
+    body = json_of(event()).ljust(5000)
+    chunked = b"POST /publish HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with service.connection(chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)) as client:
+        (await client.answer()).detail(413)
+    assert rows(service.db) == []
+
+
+async def test_a_length_above_the_limit_is_413_before_anything_of_it_is_sent(
+    service: InProcess,
+) -> None:
+    async with service.connection(request(b"", length=5 * 1024 * 1024)) as client:
+        (await client.answer()).detail(413)
+
+
+async def test_a_bomb_is_413(service: InProcess) -> None:
+    bomb = gzip.compress(bytes(100_000_000), 1)
+    assert len(bomb) < 1_000_000
+    (await service.publish(bomb, Content_Encoding="gzip")).detail(413)
+    assert (await service.publish(event())).status == 202
+
+
+async def test_a_body_that_does_not_arrive_is_408(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    monkeypatch.setattr(aggregator, "BODY_SECONDS", 0.1)
+    service = await serve()
+    body = json_of(event())
+    async with service.connection(request(body[:10], length=len(body))) as client:
+        (await client.answer()).detail(408)
+    assert await service.metric("aggregator_in_flight_bytes") == 0
+    assert rows(service.db) == []
+
+
+async def test_a_body_that_breaks_off_is_counted_as_400_and_gives_its_room_back(
+    service: InProcess,
+) -> None:
+    body = json_of(event())
+    async with service.connection(request(body[:-1], length=len(body))):
+        await until(lambda: in_flight(service, len(body)))
+    await until(lambda: in_flight(service, 0))
+    assert await service.metric('aggregator_requests_refused_total{status="400"}') == 1
+    assert rows(service.db) == []
+
+
+async def in_flight(service: Service, size: int) -> bool:
+    """Whether bodies of exactly this size are in flight."""
+    return await service.metric("aggregator_in_flight_bytes") == size
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/publish/", "/events/1", "//", "/%00", "/..%2f"])
+async def test_an_unknown_path_is_404(path: str, service: InProcess) -> None:
+    assert (await service.ask("GET", path)).detail(404) == "Not Found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/publish", "POST"),
+        ("PUT", "/publish", "POST"),
+        ("POST", "/events", "GET"),
+        ("DELETE", "/events", "GET"),
+        ("POST", "/stats", "GET"),
+        ("POST", "/", "GET"),
+        ("POST", "/metrics", "GET"),
+    ],
+)
+async def test_a_wrong_method_is_405_and_told_the_right_ones(
+    method: str, path: str, allowed: str, service: InProcess
+) -> None:
+    answer = await service.ask(method, path)
+    assert answer.detail(405) == "Method Not Allowed"
+    assert allowed in re.split(", ?", answer.headers["allow"])
+
+
+REQUESTS = [
+    *(("POST", "/publish"), ("GET", "/events"), ("GET", "/stats"), ("GET", "/metrics")),
+    *(("GET", "/nothing"), ("GET", "/publish"), ("POST", "/")),
+]
+
+
+async def test_with_a_token_set_all_but_get_of_the_root_is_401_without_it(serve: Serve) -> None:
+    service = await serve(api_token="s3cret")
+    wrong = ["", "Bearer", "Bearer wrong", "Bearer s3cret2", "Bearer S3CRET", "Basic s3cret", "s3cret"]
+    for method, path in REQUESTS:
+        for authorization in wrong:
+            headers = {"Authorization": authorization} if authorization else {}
+            answer = await service.ask(method, path, json_of(event()), headers)
+            answer.detail(401)
+            assert answer.headers["www-authenticate"] == "Bearer"
+    assert (await service.ask("GET", "/")).status == 200
+    assert (await service.ask("HEAD", "/")).status == 200
+    assert rows(service.db) == []
+
+
+async def test_with_the_right_token_everything_is_open(serve: Serve) -> None:
+    service = await serve(api_token="s3cret")
+    headers = {"Authorization": "Bearer s3cret", "Content-Type": "application/json"}
+    assert (await service.ask("POST", "/publish", json_of(event()), headers)).counts == (1, 1, 0)
+    for path in "/events", "/stats", "/metrics", "/":
+        assert (await service.ask("GET", path, headers=headers)).status == 200
+    (await service.ask("GET", "/nothing", headers=headers)).detail(404)
+
+
+async def test_a_token_that_is_no_text_is_401_too(serve: Serve) -> None:
+    service = await serve(api_token="s3cret")
+    headers = "Authorization: Bearer \xff\xfe\r\nConnection: close\r\n"
+    async with service.connection(request(b"{}", headers=headers)) as client:
+        (await client.answer()).detail(401)
+
+
+# --- Reading -----------------------------------------------------------------------------------
+
+
+async def test_events_come_in_the_order_of_their_commits_with_count_and_last_seq(
+    service: InProcess,
+) -> None:
+    assert await service.read() == {"topic": None, "events": [], "count": 0, "last_seq": 0}
+    sent = [*numbered([3, 1, 2], topic="b"), *numbered([9, 8], topic="a"), event(event_id="z")]
+    for each in sent:
+        await service.publish(each)
+    answer = await service.ask("GET", "/events")
+    assert answer.headers["content-type"].startswith("application/json")
+    found = answer.document
+    assert list(found) == ["topic", "events", "count", "last_seq"]
+    assert (found["topic"], found["events"], found["count"]) == (None, sent, 6)
+    assert [list(each) for each in found["events"]] == [list(event())] * 6
+    assert found["last_seq"] >= 6
+
+
+async def test_events_of_one_batch_keep_its_order(service: InProcess) -> None:
+    numbers = random.Random(1).sample(range(1000), 300)
+    await service.publish(numbered(numbers))
+    assert await service.stored(topic="order.created") == numbered(numbers)
+
+
+async def test_one_topic_has_only_its_own_events_and_an_empty_one_means_all(
+    service: InProcess,
+) -> None:
+    both = [*numbered(range(3), topic="a"), *numbered(range(2), topic="b & c/ü")]
+    await service.publish(both)
+    found = await service.read(topic="b & c/ü")
+    assert (found["topic"], found["events"], found["count"]) == ("b & c/ü", both[3:], 2)
+    assert await service.stored(topic="") == both
+    last_seq = found["last_seq"]
+    for query in {"topic": "unknown"}, {"topic": "a", "after": last_seq}, {"topic": "\0"}:
+        after = query.get("after", 0)
+        assert await service.read(**query) == {
+            "topic": query["topic"],
+            "events": [],
+            "count": 0,
+            "last_seq": after,
+        }
+
+
+@pytest.mark.parametrize("limit", [1, 7, 100, 499, 500, 501, 5000])
+@pytest.mark.parametrize("topic", ["", "even"])
+async def test_paging_with_last_seq_misses_nothing_and_repeats_nothing(
+    limit: int, topic: str, service: InProcess
+) -> None:
+    sent = [event(event_id=str(n), topic="odd" if n % 2 else "even") for n in range(1234)]
+    sent = sent[: 40 * limit]
+    await service.publish(sent)
+    expected = [each for each in sent if topic in ("", each["topic"])]
+    after, found = 0, []
+    while page := await service.read(topic=topic, after=after, limit=limit):
+        assert page["count"] == len(page["events"]) <= limit
+        if not page["events"]:
+            assert page["last_seq"] == after
+            break
+        assert page["last_seq"] > after
+        assert page["count"] == limit or len(found) + page["count"] == len(expected)
+        after, found = page["last_seq"], found + page["events"]
+    assert found == expected == await service.stored(topic=topic)
+
+
+async def test_pages_of_large_payloads_are_put_together_without_a_seam(service: InProcess) -> None:
+    sent = [event(event_id=str(n), payload={"text": f"{n}" * 200_000}) for n in range(6)]
+    sent[3:3] = numbered(range(100, 120))
+    for start in range(0, len(sent), 5):
+        await service.publish(sent[start : start + 5])
+    assert await service.stored() == sent
+    assert await service.stored(limit=3) == sent[:3]
+
+
+async def test_an_answer_is_a_snapshot_and_a_slow_reader_holds_nobody_up(
+    service: InProcess,
+) -> None:
+    before = [event(event_id=str(n), payload={"text": "x" * 400_000}) for n in range(24)]
+    for each in before:
+        await service.publish(each)
+    reading = b"GET /events HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+    async with service.connection(reading) as client:
+        start = await client.reader.readuntil(b"event_id")  # and then no more for a while
+        for each in numbered(range(100, 130)):
+            assert (await service.publish(each)).counts == (1, 1, 0)
+        assert len(await service.stored(after=24)) == 30
+        with contextlib.closing(sqlite3.connect(service.db, timeout=0.05)) as other:
+            is_busy, _, _ = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        assert not is_busy, "the reader holds the log"
+        rest = start + await client.reader.read()
+    assert rest.count(b'"event_id"') == 24
+    assert re.search(rb'"count": 24, "last_seq": 24\}\r\n0\r\n\r\n$', rest)
+
+
+BAD_QUERIES = [
+    *(
+        ({name: value}, {"type": "int_parsing", "msg": Says("Input should be a valid integer, ")})
+        for name in ("after", "limit")
+        for value in ("x", "1.5", "0x10", "1 2", "", "9" * 5000)
+    ),
+    ({"after": "-1"}, {"type": "greater_than_equal", "ctx": {"ge": 0}}),
+    ({"limit": "-1"}, {"type": "greater_than_equal", "ctx": {"ge": ANY}}),
+]
+
+
+@pytest.mark.parametrize(("query", "entry"), BAD_QUERIES, ids=label)
+async def test_a_bad_query_parameter_is_422(
+    query: dict[str, str], entry: dict[str, Any], service: InProcess
+) -> None:
+    (fault,) = (await service.ask("GET", "/events", **query)).detail(422)
+    assert fault == {"msg": ANY, "loc": ["query", *query]} | entry
+    if fault["type"] == "int_parsing":
+        assert fault["msg"].endswith("unable to parse string as an integer")
+    else:
+        least = fault["ctx"]["ge"]
+        assert fault["msg"] == f"Input should be greater than or equal to {least}"
+
+
+async def test_all_bad_query_parameters_of_any_size_are_no_server_error(service: InProcess) -> None:
+    for value in "9" * 30, "9223372036854775807", "9223372036854775808":
+        assert await service.stored(after=value) == []
+        assert (await service.ask("GET", "/events", limit=value)).status == 200
+
+
+async def test_after_latest_means_only_what_comes_from_now_on(service: InProcess) -> None:
+    await service.publish(numbered(range(3)))
+    last_seq = (await service.read())["last_seq"]
+    found = await service.read(after="latest")
+    assert found == {"topic": None, "events": [], "count": 0, "last_seq": last_seq}
+    lines = await service.ask(
+        "GET", "/events", headers={"Accept": "application/x-ndjson"}, after="latest"
+    )
+    assert (lines.status, lines.body) == (200, b"")
+    await service.publish(numbered([7]))
+    assert await service.stored(after=found["last_seq"]) == numbered([7])
+
+
+async def test_ndjson_is_the_same_events_a_line_each(service: InProcess) -> None:
+    sent = [event(event_id=str(n), payload={"text": "a\nb\u2028\r"}) for n in range(700)]
+    await service.publish([*sent, event(topic="other")])
+    accept = {"Accept": "application/x-ndjson"}
+    answer = await service.ask("GET", "/events", headers=accept, topic="order.created")
+    assert answer.headers["content-type"].startswith("application/x-ndjson")
+    assert answer.body.endswith(b"\n")
+    lines = answer.body.removesuffix(b"\n").split(b"\n")
+    assert [json.loads(line) for line in lines] == sent
+    answer = await service.ask("GET", "/events", headers=accept, after=600, limit=2)
+    assert [json.loads(line) for line in answer.body.splitlines()] == sent[600:602]
+
+
+# --- The live feed -----------------------------------------------------------------------------
+
+
+async def test_a_feed_replays_what_is_stored_and_goes_on_with_what_comes(
+    service: InProcess,
+) -> None:
+    sent = numbered(range(5))
+    await service.publish(sent[:3])
+    async with service.feed() as feed:
+        assert feed.headers["content-type"].startswith("text/event-stream")
+        assert feed.headers["cache-control"] == "no-store"
+        assert feed.headers["x-accel-buffering"] == "no"
+        first = await feed.block()
+        assert list(first) == ["retry"] and int(first["retry"]) > 0
+        assert [each for _, each in await feed.take(3)] == sent[:3]
+        await service.publish(sent[:4])  # three of them again: nothing to tell
+        assert [each for _, each in await feed.take(1)] == sent[3:4]
+        await service.publish(sent[4])
+        (last,) = await feed.take(1)
+        assert last == ((await service.read())["last_seq"], sent[4])
+
+
+async def test_a_feed_starts_after_the_number_that_it_is_given(service: InProcess) -> None:
+    await service.publish(numbered(range(10)))
+    async with service.feed(after=4) as feed:
+        assert await feed.take(2) == [(5, event(event_id="4")), (6, event(event_id="5"))]
+    async with service.feed(after=2, last_event_id="7") as feed:  # as EventSource reconnects
+        assert (await feed.take(1))[0][0] == 8
+    async with service.feed(after="latest") as feed:
+        await service.publish(numbered(range(10, 12)))
+        assert [each for _, each in await feed.take(2)] == numbered(range(10, 12))
+
+
+async def test_a_bad_last_event_id_is_422(service: InProcess) -> None:
+    headers = {"Accept": "text/event-stream", "Last-Event-ID": "x"}
+    (fault,) = (await service.ask("GET", "/events", headers=headers)).detail(422)
+    assert fault["type"] == "int_parsing"
+
+
+async def test_a_feed_of_one_topic_has_only_its_own_events(service: InProcess) -> None:
+    await service.publish([*numbered(range(3), topic="a"), *numbered(range(3), topic="b")])
+    async with service.feed(topic="b") as feed, service.feed(topic="new") as other:
+        assert [each for _, each in await feed.take(3)] == numbered(range(3), topic="b")
+        for topic in "a", "b", "new", "b":
+            await service.publish(event(topic=topic, event_id=f"{time.monotonic_ns()}"))
+        assert [each["topic"] for _, each in await feed.take(2)] == ["b", "b"]
+        assert [each["topic"] for _, each in await other.take(1)] == ["new"]
+
+
+async def test_silence_on_a_feed_is_broken_by_comments(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    monkeypatch.setattr(aggregator, "HEARTBEAT_SECONDS", 0.02)
+    service = await serve()
+    async with service.feed() as feed:
+        assert "retry" in await feed.block()
+        for _ in range(3):
+            assert list(await feed.block()) == [""]
+        await service.publish(event())
+        assert [each for _, each in await feed.take(1)] == [event()]
+        assert await service.metric("aggregator_live_subscribers") == 1
+    await until(lambda: no_subscribers(service))
+
+
+async def no_subscribers(service: Service) -> bool:
+    return await service.metric("aggregator_live_subscribers") == 0
+
+
+async def test_an_event_is_one_line_of_data_whatever_is_in_it(service: InProcess) -> None:
+    awkward = event(payload={"a\nb": "c\r\nd\n\ndata: e\u2028\u0085"})
+    await service.publish(awkward)
+    async with service.feed() as feed:
+        assert [each for _, each in await feed.take(1)] == [awkward]
+
+
+async def test_thirty_subscribers_see_every_event_once_in_order_while_many_publish(
+    service: InProcess,
+) -> None:
+    async def subscriber(impatience: int) -> list[tuple[int, dict[str, Any]]]:
+        found: list[tuple[int, dict[str, Any]]] = []
+        while len(found) < 300:
+            last = str(found[-1][0]) if found else ""
+            async with service.feed(last_event_id=last) as feed:
+                found += await feed.take(min(impatience, 300 - len(found)))
+        return found
+
+    async def publisher(start: int) -> None:
+        for number in range(start, 300, 6):
+            await service.publish([event(event_id=str(number)), event(event_id="0")])
+
+    subscribers = [asyncio.create_task(subscriber(10 + 10 * n)) for n in range(30)]
+    await asyncio.gather(*map(publisher, range(6)))
+    truth = rows(service.db)
+    for found in await asyncio.gather(*subscribers):
+        numbers = [number for number, _ in found]
+        assert numbers == sorted(set(numbers))
+        assert [each for _, each in found] == truth
+
+
+async def test_a_feed_ends_at_shutdown_and_is_resumed_after_the_restart(serve: Serve) -> None:
+    service = await serve()
+    await service.publish(numbered(range(3)))
+    async with service.feed() as feed:
+        found = await feed.take(2)
+        stopping = asyncio.create_task(service.stop())
+        found += await feed.take(99)  # to the end of the feed
+        await stopping
+    service = await serve()
+    await service.publish(numbered(range(2, 6)))
+    async with service.feed(last_event_id=str(found[-1][0])) as feed:
+        found += await feed.take(6 - len(found))
+    assert [each for _, each in found] == numbered(range(6))
+
+
+# --- Stats -------------------------------------------------------------------------------------
+
+
+async def test_stats_count_what_was_acknowledged_and_name_the_topics_in_order(
+    service: InProcess,
+) -> None:
+    empty = (await service.ask("GET", "/stats")).document
+    assert empty.pop("uptime_seconds") >= 0
+    assert empty == dict.fromkeys(COUNTERS, 0) | {"topics": []}
+    for topic in "b", "a", "Z", "ü", "b", "10", "9", "🎉":
+        await service.publish(event(topic=topic))
+    (await service.publish([event(topic="never seen"), {}])).detail(422)
+    stats = (await service.ask("GET", "/stats")).document
+    assert list(stats) == [*COUNTERS, "topics", "uptime_seconds"]
+    assert tuple(stats[name] for name in COUNTERS) == (8, 7, 1)
+    assert stats["topics"] == sorted({"b", "a", "Z", "ü", "10", "9", "🎉"})
+    await all_adds_up(service)
+
+
+async def test_counters_and_duplicates_are_remembered_after_a_restart(serve: Serve) -> None:
+    service = await serve()
+    await service.publish(numbered([1, 2, 2, 3]))
+    last_seq = (await service.read())["last_seq"]
+    await service.stop()
+    assert not list(service.db.parent.glob("*-wal"))
+    service = await serve()
+    assert await service.stats() == (4, 3, 1)
+    assert (await service.publish(numbered([3, 4]))).counts == (2, 1, 1)
+    assert await service.stats() == (6, 4, 2)
+    assert (await service.read())["last_seq"] > last_seq
+    await all_adds_up(service)
+
+
+# --- Health ------------------------------------------------------------------------------------
+
+
+async def test_health_says_what_it_is_and_that_it_runs(service: InProcess) -> None:
+    answer = await service.ask("GET", "/")
+    assert (answer.status, answer.document) == (
+        200,
+        {"service": "Event Aggregator", "status": "running", "version": "1.0.0"},
+    )
+    head = await service.ask("HEAD", "/")
+    assert (head.status, head.body) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("disk I/O error"),
+        sqlite3.OperationalError("database or disk is full"),
+        sqlite3.DatabaseError("database disk image is malformed"),
+        OSError(28, "No space left on device", "/secret/path"),
+        RuntimeError("in /secret/path"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_whatever_makes_commits_fail_is_503_and_unhealthy_until_one_works(
+    error: Exception, disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.error = error
+    answers = []
+    with disk.held():  # one alone, then a group of several
+        waiting = [asyncio.create_task(service.publish(event(event_id="0")))]
+        await until(lambda: disk.groups)
+        waiting += [asyncio.create_task(service.publish(numbered([n]))) for n in range(1, 5)]
+        await until(lambda: queued(service, 4))
+    answers = [*await asyncio.gather(*waiting), await service.publish(event())]
+    sick = await service.ask("GET", "/")
+    for answer in answers:
+        assert answer.detail(503)
+    assert (sick.status, sick.document["status"]) == (503, "failing")
+    assert any("secret" not in str(text) for text in sick.document.values())
+    assert "status" in sick.document and len(sick.document) > 3, "it gives a reason"
+    assert not any(b"/secret" in answer.body for answer in [*answers, sick])
+    assert (await service.ask("HEAD", "/")).status == 503
+    assert rows(service.db) == [] and await service.stats() == (0, 0, 0)
+    said = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(said) == 1, "the log says once what is wrong, not once a request"
+
+    disk.error = None
+    assert (await service.publish([event(), event()])).counts == (2, 1, 1)
+    assert await service.health() == 200
+    assert await all_adds_up(service) == [event()]
+
+
+async def test_a_database_locked_by_another_program_is_503_until_it_is_free(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aggregator, "BUSY_SECONDS", 0.02)
+    service = await serve()
+    with locked(service.db):
+        for answer in await asyncio.gather(*(service.publish(event()) for _ in range(8))):
+            assert answer.detail(503)
+        assert await service.health() == 503
+        assert await service.stored() == [], "reading goes on"
+    said = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(said) == 1
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    assert await service.health() == 200
+
+
+async def test_a_group_that_fails_for_what_is_in_it_is_committed_one_by_one(
+    disk: Disk, service: InProcess
+) -> None:
+    limit = sys.getrecursionlimit()
+    poison = json_of(event(event_id="poison", payload="HERE"))
+    deep = b'{"a":' * 3000 + b"1" + b"}" * 3000  # SQLite reads 1000 levels, or 2000
+    poison = poison.replace(b'"HERE"', deep)
+    bodies = [json_of(event(event_id="a")), poison, json_of([event(event_id="b"), event()])]
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(event(event_id="first")))]
+        await until(lambda: disk.groups)
+        sys.setrecursionlimit(50_000)  # so Python takes what SQLite does not
+        try:
+            for number, body in enumerate(bodies):
+                waiting.append(asyncio.create_task(service.publish(body)))
+                await until(lambda: queued(service, number + 1))
+        finally:
+            sys.setrecursionlimit(limit)
+    first, good, bad, also_good = await asyncio.gather(*waiting)
+    assert (first.counts, good.counts, also_good.counts) == ((1, 1, 0), (1, 1, 0), (2, 2, 0))
+    (fault,) = bad.detail(422)
+    assert fault["type"] == "json_invalid"
+    assert disk.groups == [1, 3, 1, 1, 1]
+    assert [each["event_id"] for each in await all_adds_up(service)] == ["first", "a", "b", "1"]
+    assert await service.health() == 200
+
+
+@pytest.mark.skipif(not (HERE / "dashboard.html").exists(), reason="no dashboard.html")
+async def test_a_browser_gets_a_page_that_fetches_nothing_from_elsewhere(
+    service: InProcess,
+) -> None:
+    accept = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+    answer = await service.ask("GET", "/", headers={"Accept": accept})
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    page = answer.body.decode()
+    assert "</html>" in page.lower()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    policy = answer.headers.get("content-security-policy", page)  # or in a meta element
+    assert "Content-Security-Policy" in policy or policy is not page
+    assert "default-src 'none'" in policy
+    for accept in "*/*", "application/json":
+        answer = await service.ask("GET", "/", headers={"Accept": accept})
+        assert answer.document["status"] == "running"
+
+
+# --- Metrics -----------------------------------------------------------------------------------
+
+NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
+LABELS = r'\{[a-z_]+="[^"\\\n]*"(?:,[a-z_]+="[^"\\\n]*")*\}'
+SAMPLE = re.compile(rf"({NAME})({LABELS})? (-?[0-9.]+(?:e[+-]?[0-9]+)?)")
+
+
+def samples(text: str) -> dict[str, float]:
+    """Prometheus's text format by sample; refuses what Prometheus would refuse."""
+    values: dict[str, float] = {}
+    kinds: dict[str, str] = {}
+    assert text.endswith("\n")
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            assert re.fullmatch(rf"# HELP {NAME} \S.*", line)
+        elif line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert kind in ("counter", "gauge", "histogram") and name not in kinds
+            assert (kind == "counter") == name.endswith("_total"), "what promtool would say"
+            kinds[name] = kind
+        else:
+            sample = SAMPLE.fullmatch(line)
+            assert sample, line
+            name, labels, value = sample.groups(default="")
+            base = re.sub("_(bucket|sum|count)$", "", name)
+            assert name in kinds or kinds.get(base) == "histogram", "its TYPE comes first"
+            assert name + labels not in values
+            values[name + labels] = float(value)
+    return values
+
+
+async def test_metrics_are_prometheus_text_with_true_values(service: InProcess) -> None:
+    await service.publish(numbered([1, 2, 2]))
+    await service.publish(event(event_id="3"))
+    await service.publish(b"nonsense")
+    await service.ask("GET", "/nothing")
+    await service.ask("GET", "/nothing")
+    async with service.feed() as feed:
+        await feed.take(3)
+        answer = await service.ask("GET", "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = samples(answer.body.decode())
+    expected = {
+        "aggregator_events_received_total": 4,
+        'aggregator_events_processed_total{outcome="unique"}': 3,
+        'aggregator_events_processed_total{outcome="duplicate"}': 1,
+        'aggregator_requests_refused_total{status="422"}': 1,
+        'aggregator_requests_refused_total{status="404"}': 2,
+        "aggregator_in_flight_bytes": 0,
+        "aggregator_requests_queued": 0,
+        "aggregator_live_subscribers": 1,
+        "aggregator_group_commit_seconds_count": 2,
+        "aggregator_group_commit_events_count": 2,
+        "aggregator_group_commit_events_sum": 4,
+        'aggregator_group_commit_events_bucket{le="1"}': 1,
+        'aggregator_group_commit_events_bucket{le="2"}': 1,
+        'aggregator_group_commit_events_bucket{le="5"}': 2,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+    assert found["aggregator_group_commit_seconds_sum"] > 0
+    assert found["aggregator_database_bytes"] >= service.db.stat().st_size > 0
+    assert abs(found["process_start_time_seconds"] - time.time()) < 3600
+    (build,) = [name for name in found if name.startswith("aggregator_build_info{")]
+    assert 'version="1.0.0"' in build and found[build] == 1
+
+
+async def test_histograms_are_cumulative_and_end_in_infinity(service: InProcess) -> None:
+    for size in 1, 1, 3, 30, 600:
+        await service.publish(numbered(range(size)))
+    found = samples((await service.ask("GET", "/metrics")).body.decode())
+    for name in "aggregator_group_commit_seconds", "aggregator_group_commit_events":
+        buckets = {
+            float(sample.removeprefix(f'{name}_bucket{{le="').removesuffix('"}')): count
+            for sample, count in found.items()
+            if sample.startswith(f"{name}_bucket")
+        }
+        bounds = list(buckets)
+        assert bounds == sorted(bounds) and bounds[-1] == math.inf
+        assert list(buckets.values()) == sorted(buckets.values())
+        assert buckets[math.inf] == found[f"{name}_count"] == 5
+
+
+# --- The log -----------------------------------------------------------------------------------
+
+
+async def test_the_log_has_a_line_for_each_event_and_nothing_that_a_client_could_forge(
+    process: StartProcess,
+) -> None:
+    service = await process(API_TOKEN="t0ken")
+    service.session.headers["Authorization"] = "Bearer t0ken"
+    await service.publish(event(topic="order", event_id="001"))
+    await service.publish([event(topic="order", event_id="001"), event(topic="é %s", event_id="🎉")])
+    forged = "\nERROR - forged\x1b[31m\r\u2028x"
+    for field in "topic", "event_id", "source", "timestamp":
+        (await service.publish(event(**{field: f"a{forged}"}))).detail(422)
+    await service.publish(event(event_id="kept", payload={"a": forged, forged: 1}))
+    (await service.ask("GET", f"/{forged}")).detail(404)
+    await service.ask("GET", "/stats", headers={"Authorization": "Bearer wr0ng"})
+    assert await service.terminate() == 0
+    lines = service.log().split("\n")
+    assert lines.pop() == ""
+    said = [re.fullmatch(r"[0-9 :,-]+ - aggregator - ([A-Z]+ - .+)", line)[1] for line in lines]
+    assert [line for line in said if "event" in line] == [
+        "INFO - Processed new event: topic=order, event_id=001",
+        "INFO - Processed new event: topic=é %s, event_id=🎉",
+        "WARNING - Dropped duplicate event: topic=order, event_id=001",
+        "INFO - Processed new event: topic=order.created, event_id=kept",
+    ]
+    assert len(said) <= 4 + 2, "there is no access log"
+    assert not re.search("forged|t0ken|wr0ng|Traceback|[\x00-\x09\x0b-\x1f\x7f-\x9f]", service.log())
+
+
+# --- Durability and crashes --------------------------------------------------------------------
+
+
+def crowded(number: int) -> dict[str, Any]:
+    """An event as a function of its number."""
+    return event(topic=f"topic {number % 3}", event_id=str(number), payload={"number": number})
+
+
+@dataclass(slots=True)
+class Book:
+    """What publishers remember: which events were acknowledged, which may have been sent."""
+
+    acknowledged: set[int]
+    sent: int  # events, repeats included
+    answers: int
+
+    async def keep_publishing(self, service: Service, chance: random.Random) -> None:
+        """Publishes on one connection, single events and batches, until the service is gone."""
+        async with aiohttp.ClientSession(timeout=service.session.timeout) as session:
+            while True:
+                numbers = chance.choices(range(20_000), k=chance.choice([1, 1, 5, 20]))
+                body = json_of([crowded(number) for number in numbers])
+                self.sent += len(numbers)
+                try:
+                    async with session.post(
+                        f"{service.url}/publish",
+                        data=body,
+                        headers={"Content-Type": "application/json"},
+                    ) as response:
+                        answer = await response.read()
+                except aiohttp.ClientError:
+                    return
+                assert response.status in (202, 503), answer
+                if response.status == 202:
+                    assert json.loads(answer)["received"] == len(numbers)
+                    self.acknowledged.update(numbers)
+                    self.answers += 1
+
+    async def check(self, service: Service) -> None:
+        """Nothing that was acknowledged is missing, nothing is twice, everything adds up."""
+        truth = {int(row["event_id"]): row for row in await all_adds_up(service)}
+        assert self.acknowledged <= truth.keys()
+        assert all(row == crowded(number) for number, row in truth.items())
+        received, _, _ = await service.stats()
+        assert received <= self.sent
+
+
+async def test_what_was_acknowledged_survives_kill_9_in_the_middle_of_publishing(
+    process: StartProcess,
+) -> None:
+    chance, book = random.Random(9), Book(set(), 0, 0)
+    service = await process()
+    for _ in range(5):
+        book.answers = 0
+        crowd = [asyncio.create_task(book.keep_publishing(service, chance)) for _ in range(12)]
+        enough = chance.randrange(50, 150)
+        await until(lambda: book.answers >= enough)
+        await service.kill()
+        await asyncio.gather(*crowd)
+        await service.start()
+        await book.check(service)
+    assert (await service.publish(crowded(99_999))).counts == (1, 1, 0)
+    assert service.log().count("ERROR") == 0
+
+
+async def test_two_processes_on_one_file_keep_exact_counters_and_store_nothing_twice(
+    process: StartProcess,
+) -> None:
+    services = await asyncio.gather(*(process() for _ in range(2)))
+    chance = random.Random(2)
+
+    async def publisher(service: Service) -> list[tuple[int, int, int]]:
+        answers = []
+        for _ in range(10):
+            batch = [crowded(n) for n in chance.choices(range(400), k=chance.choice([1, 20]))]
+            while (answer := await service.publish(batch)).status == 503:
+                assert answer.detail(503)  # the other one holds the lock: try again
+            answers.append(answer.counts)
+        return answers
+
+    crowd = [publisher(service) for service in services for _ in range(10)]
+    answers = itertools.chain(*await asyncio.gather(*crowd))
+    sums = tuple(map(sum, zip(*answers)))
+    for service in services:
+        assert await service.stats() == sums
+        assert len(await all_adds_up(service)) == sums[1]
+
+
+# --- Overload and bad clients ------------------------------------------------------------------
+
+
+async def test_beyond_the_bytes_in_flight_a_request_is_503_and_later_it_is_taken(
+    serve: Serve,
+) -> None:
+    service = await serve(max_body_bytes=1000, max_in_flight_bytes=1500)
+    body = json_of(event(event_id="slow")).ljust(1000)
+    async with service.connection(request(body[:-1], length=1000)) as slow:
+        await until(lambda: in_flight(service, 1000))
+        answer = await service.publish(json_of(event()).ljust(600))
+        assert answer.detail(503)
+        assert (await service.publish(json_of(event()).ljust(500))).counts == (1, 1, 0)
+        await slow.send(body[-1:])
+        assert (await slow.answer()).counts == (1, 1, 0)
+    assert await in_flight(service, 0)
+    assert (await service.publish(json_of(event()).ljust(1000))).counts == (1, 0, 1)
+
+
+async def test_bytes_are_in_flight_until_the_commit(disk: Disk, serve: Serve) -> None:
+    service = await serve(max_body_bytes=1000, max_in_flight_bytes=2000)
+    body = json_of(event()).ljust(900)
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(body)) for _ in range(2)]
+        await until(lambda: in_flight(service, 1800))
+        assert (await service.publish(body)).detail(503)
+        async with service.connection(b"POST /publish HTTP/1.1\r\nHost: x\r\n") as client:
+            await client.send(b"Transfer-Encoding: chunked\r\n\r\n")  # it could become 1000 bytes
+            assert (await client.answer()).detail(503)
+    assert sorted([(await answer).counts for answer in waiting]) == [(1, 0, 1), (1, 1, 0)]
+    await until(lambda: in_flight(service, 0))
+
+
+async def test_senders_of_half_a_body_keep_nobody_out(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    monkeypatch.setattr(aggregator, "SLOW_SECONDS", 0.0)
+    service = await serve(max_body_bytes=1000, max_in_flight_bytes=3000)
+    whole = request(json_of(event()).ljust(1000))
+    async with contextlib.AsyncExitStack() as connections:
+        slow, crowd = [
+            [
+                await connections.enter_async_context(service.connection(sent))
+                for sent in [begun] * number
+            ]
+            for begun, number in ((whole[:-500], 3), (b"", 50))
+        ]
+        await until(lambda: in_flight(service, 3000))
+        for client in crowd:
+            await client.send(whole)
+            await asyncio.sleep(0)  # so that they come at every moment of making room
+        for client in slow:
+            assert (await client.answer()).detail(503)
+        assert {(await client.answer()).status for client in crowd} <= {202, 503}
+        assert (await service.publish(event())).status == 202
+    assert rows(service.db) == [event()]
+
+
+async def test_silent_connections_do_not_keep_others_from_being_served(service: InProcess) -> None:
+    async with contextlib.AsyncExitStack() as connections:
+        for half in [b"", b"POST /pub", request(b'{"topic"', length=500)] * 60:
+            await connections.enter_async_context(service.connection(half))
+        assert (await service.publish(event())).counts == (1, 1, 0)
+
+
+async def test_an_event_is_stored_though_its_client_hangs_up_during_the_commit(
+    disk: Disk, service: InProcess
+) -> None:
+    with disk.held():
+        async with service.connection(request(json_of(event()))):
+            await until(lambda: disk.groups)
+        neighbour = asyncio.create_task(service.publish(event(event_id="2")))
+        async with service.connection(request(json_of(event(event_id="3")))):
+            await until(lambda: queued(service, 2))
+    assert (await neighbour).counts == (1, 1, 0)
+    await until(lambda: len(rows(service.db)) == 3)
+    assert await service.stats() == (3, 3, 0)
+    await until(lambda: in_flight(service, 0))
+
+
+GARBAGE = [
+    b"\r\n\r\n",
+    b"GARBAGE\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+    bytes(range(256)) * 4,
+    b"GET /events?topic=\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET / HTTP/1.1\r\nX: " + b"y" * 20_000 + b"\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n",
+    request(b"{}", length="-1"),
+    request(b"{}", length="9" * 30),
+    request(b"{}", headers="Transfer-Encoding: chunked\r\n"),
+    request(b"{}", headers="Content-Length: 7\r\n"),
+    request(b"{}", headers="Content-Encoding: \xff\r\n"),
+    request(b"{}", headers="Content-Type: \xff\r\n"),
+    request(b"{}", headers="Expect: the unexpected\r\n"),
+    request(b"", length=5),
+    b"POST /publish HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    b"POST /publish HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n",
+]
+
+
+async def test_whatever_one_client_sends_its_neighbours_are_served_and_no_traceback_is_logged(
+    process: StartProcess,
+) -> None:
+    service = await process("--max-body-bytes", "300000")
+    chance, statuses = random.Random(66), Counter()
+    bodies = [body for body, _ in BAD_BODIES]
+    bodies += [json_of(event(**{field: value})) for field, value, _ in BAD_FIELDS[::4]]
+    bodies += [json_of([*numbered(range(50)), 5]), json_of([{}] * 100_000)]
+    nested = [b'{"a":' * depth + b"1" + b"}" * depth for depth in range(950, 1003, 3)]
+    bodies += [json_of(event(payload="HERE", source=5)).replace(b'"HERE"', deep) for deep in nested]
+    bodies += [bytes(chance.choices(range(256), k=50)) for _ in range(20)]
+    for body in [json_of(event())] * 100:  # a byte is changed, lost or doubled
+        at, piece = chance.randrange(len(body)), bytes([chance.randrange(256)])
+        bodies.append(body[:at] + chance.choice([b"", piece, body[at : at + 1] * 2]) + body[at + 1 :])
+
+    async def poisoner() -> None:
+        for body in bodies:
+            encoding = chance.choice(["identity"] * 8 + ["gzip", "deflate"])
+            statuses[(await service.publish(body, Content_Encoding=encoding)).status] += 1
+        for garbage in GARBAGE:
+            async with service.connection(garbage) as client:
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    async with asyncio.timeout(0.02):
+                        assert b" 500 " not in await client.reader.readline()
+            async with service.feed() as feed:
+                await feed.take(1)  # and gone
+
+    async def neighbour(name: str) -> int:
+        count = 0
+        while not poison.done():
+            sent = event(topic="good", event_id=f"{name} {count}")
+            assert (await service.publish(sent)).counts == (1, 1, 0)
+            count += 1
+        return count
+
+    poison = asyncio.create_task(poisoner())
+    stored = sum(await asyncio.gather(*map(neighbour, "abcd")))
+    await poison
+    assert set(statuses) == {202, 400, 413, 422} and statuses[422] > 100, statuses
+    assert len(await service.stored(topic="good")) == stored > 0
+    await all_adds_up(service)
+    assert await service.terminate() == 0
+    assert service.log().count("\n") == 2 or service.log().count("Traceback") == 0
+
+
+# --- Stopping ----------------------------------------------------------------------------------
+
+
+async def test_what_was_accepted_before_the_stop_is_stored_and_answered(
+    disk: Disk, service: InProcess
+) -> None:
+    body = json_of(event(event_id="half"))
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(event(event_id="0")))]
+        await until(lambda: disk.groups)
+        waiting += [asyncio.create_task(service.publish(numbered([n]))) for n in range(1, 6)]
+        await until(lambda: queued(service, 5))
+        async with service.connection(request(body[:-1], length=len(body))) as half:
+            before = await service.metric("aggregator_in_flight_bytes")
+            stopping = asyncio.create_task(service.stop())
+            assert before > 0
+            assert (await half.answer()).detail(503)  # and what was not, is refused
+        assert not stopping.done()
+    answers = [await answer for answer in waiting]
+    await stopping
+    assert [answer.counts for answer in answers] == [(1, 1, 0)] * 6
+    assert sorted(row["event_id"] for row in rows(service.db)) == list("012345")
+
+
+async def test_sigterm_under_load_ends_it_cleanly_within_3_seconds(process: StartProcess) -> None:
+    chance, book = random.Random(15), Book(set(), 0, 0)
+    service = await process()
+    crowd = [asyncio.create_task(book.keep_publishing(service, chance)) for _ in range(12)]
+    half = request(b'{"topic"', length=500)
+    async with service.feed() as feed, service.connection(half) as slow:
+        await until(lambda: book.answers >= 50)
+        began = time.monotonic()
+        code = await service.terminate()
+        took = time.monotonic() - began
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            assert (await slow.answer()).detail(503)
+        assert await feed.take(10**6), "the feed ends as a feed should"
+    await asyncio.gather(*crowd)
+    assert (code, took < 3) == (0, True)
+    assert [path.name for path in service.db.parent.iterdir()] == ["events.db"]
+    await service.start()
+    await book.check(service)
+    assert await service.terminate(signal.SIGINT) == 0
+
+
+async def test_a_second_signal_ends_it_at_once(process: StartProcess) -> None:
+    service = await process()
+    with locked(service.db):  # so that there is something to wait for
+        body = json_of(event())
+        waiting = asyncio.create_task(service.publish(body))
+        await until(lambda: in_flight(service, len(body)))
+        service.popen.send_signal(signal.SIGTERM)
+        await until(lambda: "Stopping" in service.log())
+        await until(lambda: service.popen.poll() or service.popen.send_signal(signal.SIGTERM))
+        with pytest.raises(aiohttp.ClientError):
+            await waiting  # nobody stayed to tell that the database is busy
+
+
+# --- publisher.py ------------------------------------------------------------------------------
+
+
+async def publisher(
+    *flags: str, **environment: str
+) -> asyncio.subprocess.Process:
+    """A running `python publisher.py`."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(HERE / "publisher.py"),
+        *flags,
+        env=clean_environment(environment),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def outcome(running: asyncio.subprocess.Process) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a publisher, once it is done."""
+    try:
+        async with asyncio.timeout(2 * PATIENCE_SECONDS):
+            out, err = await running.communicate()
+    except BaseException:
+        running.kill()
+        await running.wait()
+        raise
+    return running.returncode, out.decode(), err.decode()
+
+
+@needs_publisher
+async def test_the_publisher_proves_that_each_event_is_stored_exactly_once(
+    process: StartProcess,
+) -> None:
+    service = await process(API_TOKEN="t0ken")
+    service.session.headers["Authorization"] = "Bearer t0ken"
+    flags = ["--url", service.url, "--events", "2000", "--duplicate-rate", "0.2", "--seed", "7"]
+    code, out, err = await outcome(await publisher(*flags, API_TOKEN="t0ken"))
+    assert code == 0, err
+    assert re.search("(?i)verdict", out) and "1600" in out and "400" in out
+    assert await service.stats() == (2000, 1600, 400)
+    assert len(await all_adds_up(service)) == 1600
+
+
+@needs_publisher
+async def test_the_publishers_verdict_holds_though_the_service_is_killed_under_it(
+    process: StartProcess,
+) -> None:
+    service = await process()
+    running = await publisher(
+        *("--url", service.url, "--events", "2000", "--duplicate-rate", "0.3"),
+        *("--batch-size", "10", "--rate", "2000"),
+    )
+
+    async def is_under_way() -> bool:
+        return (await service.stats())[1] >= 300
+
+    await until(is_under_way)
+    await service.kill()
+    assert running.returncode is None
+    await service.start("--port", str(service.port))
+    code, out, err = await outcome(running)
+    assert code == 0, out + err
+    assert len(await all_adds_up(service)) == 1400
+
+
+@needs_publisher
+async def test_the_publisher_exits_with_1_if_the_service_cannot_be_reached() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        code, _, err = await outcome(await publisher("--url", url, "--wait", "1"))
+    assert code == 1
+    assert err and "Traceback" not in err
+
+
+@needs_publisher
+async def test_the_publisher_exits_with_2_on_bad_flags() -> None:
+    bad = [
+        *(["--events", "0"], ["--duplicate-rate", "1.5"], ["--rate", "x"], ["--url", "nonsense"]),
+    ]
+    running = [await publisher(*flags) for flags in bad]
+    for flags, (code, out, err) in zip(bad, await asyncio.gather(*map(outcome, running))):
+        assert (code, out) == (2, ""), flags
+        assert err and "Traceback" not in err
+
+
+# --- The README --------------------------------------------------------------------------------
+
+README = HERE / "README.md"
+
+
+@pytest.mark.skipif(
+    not (README.exists() and (HERE / "Dockerfile").exists()), reason="not the whole project"
+)
+def test_the_readme_links_and_names_only_what_exists() -> None:
+    text = README.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not re.match("[a-z]+:", link):
+            assert (HERE / link).exists(), link
+    code = "".join((HERE / name).read_text() for name in ("aggregator.py", "publisher.py"))
+    for name in set(re.findall(r"`(?:\w+\.)*(\w+)\(\)`", text)):
+        assert re.search(rf"\b(def|class) {name}\b", code), name
