@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import hmac
@@ -75,12 +76,13 @@ class Settings:
     db: str = "data/dedup.db"
     log_level: str = "INFO"
     max_body_bytes: int = 4 * MIB
-    max_in_flight_bytes: int = 12 * MIB  # a body costs several times its size on its way through
+    max_in_flight_bytes: int = 8 * MIB  # a body costs several times its size on its way through
     api_token: str = ""  # empty: everybody may do everything
 
 
 VERSION = "1.0.0"
 MAX_NAME_CHARACTERS = 512  # of a topic, an event_id, a source: they are keys, and keys are short
+LARGE_BYTES = MIB  # larger bodies go one at a time: as objects they can be 50 times as large
 MAX_ERRORS = 100  # listed for one request: enough to find the mistake
 MAX_GROUP_EVENTS = 5_000  # in one commit: more make it longer, but no cheaper for each event
 MAX_GROUP_BYTES = MIB  # in one commit: SQLite's JSON parser takes up to 12 bytes for each
@@ -96,6 +98,7 @@ SLOW_SECONDS = 1.0  # after which a body on its way must yield where room is sho
 KEEPALIVE_SECONDS = 30.0  # for a connection to begin a request and to finish its headers
 LINGER_SECONDS = 5.0  # to read on after a refusal: hanging up at once could destroy the answer
 SHUTDOWN_SECONDS = 1.0  # for answers under way; aiohttp waits it twice, docker stop gives 10 s
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 OPEN_FILES = 65_536  # a connection is an open file, and the usual limit is 1,024
 
@@ -180,6 +183,8 @@ def explain(events: list[Any], loc: list[Any]) -> list[dict[str, Any]]:
     """All that is wrong with the events, in their order, at most MAX_ERRORS."""
     errors: list[dict[str, Any]] = []
     for index, event in enumerate(events):
+        if len(errors) >= MAX_ERRORS:
+            break
         here = [*loc, index] if loc else ["body"]
         if type(event) is not dict:
             why = "Input should be a valid dictionary or object to extract fields from"
@@ -190,8 +195,6 @@ def explain(events: list[Any], loc: list[Any]) -> list[dict[str, Any]]:
                 errors.append(entry("missing", [*here, field], "Field required"))
             elif broken := next((rule for rule in rules if rule[0](event[field])), None):
                 errors.append(entry(broken[1], [*here, field], *broken[2:]))
-        if len(errors) >= MAX_ERRORS:
-            break
     return errors[:MAX_ERRORS]
 
 
@@ -349,8 +352,10 @@ PAGE = """
     SELECT max(number), max(seq), group_concat(item, :separator) FROM page
 """
 ONE_TOPIC = "topic_id = (SELECT id FROM topics WHERE name = :topic) AND"
-EVENT = """json_object('topic', (SELECT name FROM topics WHERE id = topic_id),
-    'event_id', event_id, 'timestamp', timestamp, 'source', source, 'payload', json(payload))"""
+# The payload is JSON already. To have SQLite read it again would cost memory, and time.
+EVENT = """'{"topic":' || json_quote((SELECT name FROM topics WHERE id = topic_id))
+    || ',"event_id":' || json_quote(event_id) || ',"timestamp":' || json_quote(timestamp)
+    || ',"source":' || json_quote(source) || ',"payload":' || payload || '}'"""
 # The representations of GET /events by their media types: an event as SQL, what separates two.
 FORMS = {
     "text/event-stream": (
@@ -557,7 +562,10 @@ class GroupCommit:
                 group.append(self.queue.get_nowait())
                 events += len(group[-1][0].topics)
                 size += len(group[-1][0].rows)
-            await self._commit(group)
+            if self.stopping and self.failure:  # the disk had its chance, and time is short
+                self._refuse(group, sqlite3.OperationalError(self.failure))
+            else:
+                await self._commit(group)
             for _ in group:
                 self.queue.task_done()
 
@@ -691,6 +699,7 @@ class Api:
     def __init__(self, settings: Settings, store: Store, commits: GroupCommit) -> None:
         self._settings, self._store, self._commits = settings, store, commits
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._large = asyncio.Lock()
         self._refusals: Counter[int] = Counter()  # by status, for GET /metrics
         self._pages: dict[Any, asyncio.Future[Page]] = {}  # that live feeds are reading now
         self._subscribers = self._idle = 0  # live feeds, and those that wait for news
@@ -752,9 +761,10 @@ class Api:
                 raise too_large(most)
             commits.in_flight_bytes += len(body) - size
             size = len(body)
-            publication = parse(body)
-            del body  # what waits for the disk is only what is to be stored
-            received, unique = len(publication.topics), await commits.submit(publication)
+            async with self._large if size > LARGE_BYTES else contextlib.nullcontext():
+                publication = parse(body)
+                del body  # what waits for the disk is only what is to be stored
+                received, unique = len(publication.topics), await commits.submit(publication)
         finally:
             commits.in_flight_bytes -= size
         text = (
@@ -1033,6 +1043,9 @@ def set_up(log_level: str) -> None:
     logging.raiseExceptions = False  # a full disk below the log must not end the service
     # aiohttp logs a traceback for what is not HTTP: the client's mistake, and answered with 400.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    with contextlib.suppress(AttributeError, OSError):  # glibc: give large blocks back when freed
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(parameter, 128 * 1024)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     with contextlib.suppress(ValueError, OSError):
