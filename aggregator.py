@@ -557,6 +557,7 @@ class GroupCommit:
         """The consumer: commits all that waits, for ever."""
         while True:
             group = [await self.queue.get()]
+            await asyncio.sleep(0)  # a round of the event loop: who has arrived comes along
             events, size = len(group[0][0].topics), len(group[0][0].rows)
             while not self.queue.empty() and events < MAX_GROUP_EVENTS and size < MAX_GROUP_BYTES:
                 group.append(self.queue.get_nowait())
@@ -1045,7 +1046,7 @@ def set_up(log_level: str) -> None:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     with contextlib.suppress(AttributeError, OSError):  # glibc: give large blocks back when freed
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            ctypes.CDLL(None).mallopt(parameter, 128 * 1024)
+            ctypes.CDLL(None).mallopt(parameter, MIB)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     with contextlib.suppress(ValueError, OSError):

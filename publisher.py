@@ -442,7 +442,7 @@ async def simulate(settings: Settings) -> int:
         async with session:
             service = Service(session, settings, tally)
             print(f"Waiting for {settings.url}, {settings.wait:g} s at most", file=sys.stderr)
-            await service.ask("GET", "/", ["status"])
+            await service.last_seq()  # not GET /: that is 503 from a failed commit until one works
             tally.retries.clear()  # waiting for it to start was not a trouble of the run
             run = plan(settings)
             # What is stored already can't be of a new run. A seed may have been sent before.

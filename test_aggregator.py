@@ -29,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unicodedata
 import zlib
 from collections import Counter
@@ -264,7 +265,7 @@ class Service:
     async def stats(self) -> tuple[int, int, int]:
         """GET /stats: received, unique, duplicates."""
         document = (await self.ask("GET", "/stats")).document
-        return tuple(document[f"{name}"] for name in COUNTERS)
+        return tuple(document[name] for name in COUNTERS)
 
     async def health(self) -> int:
         """The status of GET /."""
@@ -367,7 +368,8 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     yield start
     for service in services:
         await service.session.close()
-        await service.stop()
+        async with asyncio.timeout(3 * PATIENCE_SECONDS):
+            await service.stop()
 
 
 @pytest_asyncio.fixture
@@ -515,12 +517,10 @@ async def all_adds_up(service: Service) -> list[dict[str, Any]]:
 # with `text` (no database), `newer.db`, `other.db` in it; {port} is in use.
 STARTS_THAT_FAIL = {
     "a port that is no number": (["--port", "many"], {}, "port"),
-    "a port that is too high": (["--port", "65536"], {}, "65536"),
     "a port in the environment that is no number": ([], {"PORT": "many"}, "port"),
     "a port in use": (["--port", "{port}"], {}, "{port}"),
     "a host that is no name": (["--host", ".."], {}, ".."),
     "an unknown log level": (["--log-level", "LOUD"], {}, "LOUD"),
-    "bodies of no size": (["--max-body-bytes", "0"], {}, "max-body-bytes"),
     "room for less than one body": (["--max-in-flight-bytes", "1000"], {}, "in-flight"),
     "a token that no header can carry": (["--api-token", "a b"], {}, "token"),
     "a database that is a folder": (["--db", "{folder}"], {}, "{folder}"),
@@ -618,7 +618,8 @@ async def test_a_flag_wins_over_its_variable_and_that_over_the_default(
     assert (await service.publish(event())).counts == (1, 1, 0)
     assert rows(db) == [event()]
     (await service.publish(event(payload={"text": "x" * 300}))).detail(413)
-    await until(lambda: "Processed new" in service.log())
+    assert await service.terminate(signal.SIGINT) == 0
+    assert "Processed new" in service.log()
 
 
 def test_its_defaults_are_safe_and_those_of_the_contract() -> None:
@@ -643,9 +644,7 @@ PAYLOADS = {
     "every kind of value": '{"a": [null, true, false, 1, 1.0, "", [], {}], "": {"b": {"c": []}}}',
     "any script": '{"Grüße": "日本語 🎉 \u0627\u0644", "\\ud83c\\udf89": "\\u00e9"}',
     "line ends": '{"a\\nb": "c\\r\\nd\\u2028e\\u2029f\\u0085"}',
-    "quotes and slashes": r'{"a\"b\\c\/d": "\b\f\t\u001b'
-    "'"
-    r'; DROP TABLE events; --"}',
+    "quotes and slashes": r"""{"a\"b\\c\/d": "\b\f\t\u001b'; DROP TABLE events; --"}""",
     "NUL in keys and values": r'{"a\u0000b": "c\u0000d", "\u0000": "\u0000"}',
     "what looks like SQL or JSON": '{"$.a": "{}", "[0]": "json(\'1\')", "null": "null"}',
     "large integers": json.dumps({"n": [2**53 + 1, 2**63 - 1, 2**63, -(2**63) - 1, 2**64, 10**99]}),
@@ -693,16 +692,12 @@ async def test_a_payload_nested_as_deep_as_the_parsers_take_is_kept_and_a_deeper
 
 
 @pytest.mark.parametrize("form", [b"%b", b"[%b]", b'{"events":[%b]}'])
-@pytest.mark.parametrize("topic", [b'"order"', b"1"])
-def test_at_no_depth_of_nesting_is_an_answer_anything_but_yes_or_invalid(
-    form: bytes, topic: bytes
-) -> None:
-    start = json_of(event(payload="HERE")).replace(b'"order.created"', topic)
-    for depth in range(900, 1010):
+def test_a_bad_event_is_refused_at_every_depth_of_nesting(form: bytes) -> None:
+    start = json_of(event(topic=1, payload="HERE"))
+    for depth in range(900, 1010):  # somewhere there is what Python reads and cannot write
         payload = b'{"a":' * depth + b"1" + b"}" * depth
-        faults = faults_of(form % start.replace(b'"HERE"', payload))
-        assert {fault["type"] for fault in faults} <= {"json_invalid", "string_type"}
-        assert faults or topic == b'"order"'
+        (fault,) = faults_of(form % start.replace(b'"HERE"', payload))
+        assert fault["type"] in ("string_type", "json_invalid")
 
 
 async def test_white_space_around_topic_id_and_source_is_stripped_and_no_part_of_the_identity(
@@ -725,7 +720,7 @@ async def test_a_name_has_up_to_512_characters_not_counting_what_is_stripped(
 
 @pytest.mark.parametrize(
     "name",
-    ["-", "0", "null", "a b", "$.a", "{}", "[0]", "'; --", '"', "\\", "%", "a\u0301", "\ufeff", "🎉"],
+    [*'-0%"\\🎉\ufeff', "null", "a b", "$.a", "{}", "[0]", "'; --", "a\u0301"],
 )
 async def test_a_name_may_be_any_text_without_control_characters(
     name: str, service: InProcess
@@ -999,7 +994,7 @@ async def test_a_body_may_be_compressed(case: str, service: InProcess) -> None:
 
 
 async def test_bodies_of_log_shippers_are_understood(service: InProcess) -> None:
-    fluent_bit = [{"date": 1761301800.25} | event(event_id="f1"), {"date": 1.5} | event(event_id="f2")]
+    fluent_bit = [{"date": 1761301800.25} | event(event_id=name) for name in ("f1", "f2")]
     body = gzip.compress(json.dumps(fluent_bit, separators=(",", ":")).encode())
     assert (await service.publish(body, Content_Encoding="gzip")).counts == (2, 2, 0)
     vector = [event(event_id=f"v{n}", host="web-1", source_type="file") for n in range(3)]
@@ -1067,7 +1062,7 @@ BAD_FIELDS: list[tuple[str, Any, dict[str, Any]]] = [
     *(("payload", {"a": value}, SURROGATE) for value in ("\ud800", ["\udc00x"], {"b": "\udbff"})),
     *(("payload", {key: 1}, SURROGATE) for key in ("\ud800", "a\udfff")),
     ("payload", {"a": {"\ud800": 1}}, SURROGATE),
-    *(("payload", {"a": value}, NOT_FINITE) for value in (math.inf, -math.inf, [{"b": [math.inf]}])),
+    *(("payload", {"a": value}, NOT_FINITE) for value in (math.inf, -math.inf, [{"b": math.inf}])),
 ]
 
 
@@ -1156,11 +1151,11 @@ def test_all_errors_are_listed_events_in_order_and_fields_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize("bad", [{}, 5, {"topic": "t"}])
+@pytest.mark.parametrize(("bad", "times"), [({}, 100_000), (5, 101), ({"topic": "t"}, 26)])
 async def test_at_most_100_errors_are_listed_however_many_there_are(
-    bad: Any, service: InProcess
+    bad: Any, times: int, service: InProcess
 ) -> None:
-    detail = (await service.publish([event(), *[bad] * 100_000])).detail(422)
+    detail = (await service.publish([event(), *[bad] * times])).detail(422)
     assert len(detail) == 100
     assert detail[0]["loc"][:2] == ["body", 1]
 
@@ -1364,6 +1359,16 @@ async def test_a_body_above_the_limit_is_413_also_if_all_its_chunks_come_at_once
     assert rows(service.db) == []
 
 
+async def test_a_body_without_an_end_is_413_once_it_is_too_large(serve: Serve) -> None:
+    service = await serve(max_body_bytes=1000)
+    chunked = b"POST /publish HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with service.connection(chunked + b"1f4\r\n" + bytes(500) + b"\r\n") as client:
+        await until(lambda: in_flight(service, 1000))  # so much it could become
+        await client.send(b"1f5\r\n", bytes(501), b"\r\n")
+        (await client.answer()).detail(413)
+    assert await in_flight(service, 0)
+
+
 async def test_a_length_above_the_limit_is_413_before_anything_of_it_is_sent(
     service: InProcess,
 ) -> None:
@@ -1371,10 +1376,16 @@ async def test_a_length_above_the_limit_is_413_before_anything_of_it_is_sent(
         (await client.answer()).detail(413)
 
 
-async def test_a_bomb_is_413(service: InProcess) -> None:
-    bomb = gzip.compress(bytes(100_000_000), 1)
-    assert len(bomb) < 1_000_000
-    (await service.publish(bomb, Content_Encoding="gzip")).detail(413)
+async def test_a_bomb_is_413_and_takes_no_more_memory_than_the_limit(service: InProcess) -> None:
+    bomb = gzip.compress(bytes(50_000_000), 1)
+    assert len(bomb) < 500_000
+    tracemalloc.start()
+    try:
+        (await service.publish(bomb, Content_Encoding="gzip")).detail(413)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000_000
     assert (await service.publish(event())).status == 202
 
 
@@ -1439,7 +1450,8 @@ REQUESTS = [
 
 async def test_with_a_token_set_all_but_get_of_the_root_is_401_without_it(serve: Serve) -> None:
     service = await serve(api_token="s3cret")
-    wrong = ["", "Bearer", "Bearer wrong", "Bearer s3cret2", "Bearer S3CRET", "Basic s3cret", "s3cret"]
+    wrong = [f"Bearer {token}".strip() for token in ("", "wrong", "s3cre", "s3cret2", "S3CRET")]
+    wrong += ["", "s3cret", "Basic s3cret"]
     for method, path in REQUESTS:
         for authorization in wrong:
             headers = {"Authorization": authorization} if authorization else {}
@@ -1511,7 +1523,7 @@ async def test_one_topic_has_only_its_own_events_and_an_empty_one_means_all(
         }
 
 
-@pytest.mark.parametrize("limit", [1, 7, 100, 499, 500, 501, 5000])
+@pytest.mark.parametrize("limit", [1, 7, 500, 501])
 @pytest.mark.parametrize("topic", ["", "even"])
 async def test_paging_with_last_seq_misses_nothing_and_repeats_nothing(
     limit: int, topic: str, service: InProcess
@@ -1545,6 +1557,7 @@ async def test_an_answer_is_a_snapshot_and_a_slow_reader_holds_nobody_up(
     service: InProcess,
 ) -> None:
     before = [event(event_id=str(n), payload={"text": "x" * 400_000}) for n in range(24)]
+    before += numbered(range(24, 30))
     for each in before:
         await service.publish(each)
     reading = b"GET /events HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
@@ -1552,13 +1565,13 @@ async def test_an_answer_is_a_snapshot_and_a_slow_reader_holds_nobody_up(
         start = await client.reader.readuntil(b"event_id")  # and then no more for a while
         for each in numbered(range(100, 130)):
             assert (await service.publish(each)).counts == (1, 1, 0)
-        assert len(await service.stored(after=24)) == 30
+        assert len(await service.stored(after=30)) == 30
         with contextlib.closing(sqlite3.connect(service.db, timeout=0.05)) as other:
             is_busy, _, _ = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         assert not is_busy, "the reader holds the log"
         rest = start + await client.reader.read()
-    assert rest.count(b'"event_id"') == 24
-    assert re.search(rb'"count": 24, "last_seq": 24\}\r\n0\r\n\r\n$', rest)
+    assert rest.count(b'"event_id"') == 30
+    assert re.search(rb'"count": 30, "last_seq": 30\}\r\n0\r\n\r\n$', rest)
 
 
 BAD_QUERIES = [
@@ -1620,6 +1633,12 @@ async def test_ndjson_is_the_same_events_a_line_each(service: InProcess) -> None
 # --- The live feed -----------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def only_news_wakes_a_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heartbeat would hide that a feed was not told of an event."""
+    monkeypatch.setattr(aggregator, "HEARTBEAT_SECONDS", 3600.0)
+
+
 async def test_a_feed_replays_what_is_stored_and_goes_on_with_what_comes(
     service: InProcess,
 ) -> None:
@@ -1666,6 +1685,15 @@ async def test_a_feed_of_one_topic_has_only_its_own_events(service: InProcess) -
         assert [each["topic"] for _, each in await other.take(1)] == ["new"]
 
 
+async def test_no_event_slips_past_a_feed_at_whatever_moment_it_comes(service: InProcess) -> None:
+    chance = random.Random(6)
+    async with service.feed() as feed:
+        for each in numbered(range(150)):
+            await service.publish(each)
+            assert [found for _, found in await feed.take(1)] == [each]
+            await asyncio.sleep(chance.random() * 0.004)  # another moment in the life of the feed
+
+
 async def test_silence_on_a_feed_is_broken_by_comments(
     monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
@@ -1692,22 +1720,22 @@ async def test_an_event_is_one_line_of_data_whatever_is_in_it(service: InProcess
         assert [each for _, each in await feed.take(1)] == [awkward]
 
 
-async def test_thirty_subscribers_see_every_event_once_in_order_while_many_publish(
+async def test_twenty_subscribers_see_every_event_once_in_order_while_many_publish(
     service: InProcess,
 ) -> None:
     async def subscriber(impatience: int) -> list[tuple[int, dict[str, Any]]]:
         found: list[tuple[int, dict[str, Any]]] = []
-        while len(found) < 300:
+        while len(found) < 200:
             last = str(found[-1][0]) if found else ""
             async with service.feed(last_event_id=last) as feed:
-                found += await feed.take(min(impatience, 300 - len(found)))
+                found += await feed.take(min(impatience, 200 - len(found)))
         return found
 
     async def publisher(start: int) -> None:
-        for number in range(start, 300, 6):
+        for number in range(start, 200, 6):
             await service.publish([event(event_id=str(number)), event(event_id="0")])
 
-    subscribers = [asyncio.create_task(subscriber(10 + 10 * n)) for n in range(30)]
+    subscribers = [asyncio.create_task(subscriber(10 + 10 * n)) for n in range(20)]
     await asyncio.gather(*map(publisher, range(6)))
     truth = rows(service.db)
     for found in await asyncio.gather(*subscribers):
@@ -1716,13 +1744,18 @@ async def test_thirty_subscribers_see_every_event_once_in_order_while_many_publi
         assert [each for _, each in found] == truth
 
 
-async def test_a_feed_ends_at_shutdown_and_is_resumed_after_the_restart(serve: Serve) -> None:
+async def test_a_feed_ends_at_shutdown_and_is_resumed_after_the_restart(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    monkeypatch.setattr(aggregator, "SHUTDOWN_SECONDS", 2 * PATIENCE_SECONDS)  # it must not wait
     service = await serve()
     await service.publish(numbered(range(3)))
     async with service.feed() as feed:
-        found = await feed.take(2)
+        found = await feed.take(3)
+        for _ in range(5):  # meanwhile the feed comes to rest
+            await service.stats()
         stopping = asyncio.create_task(service.stop())
-        found += await feed.take(99)  # to the end of the feed
+        assert await feed.take(1) == [], "the feed ends"
         await stopping
     service = await serve()
     await service.publish(numbered(range(2, 6)))
@@ -1804,8 +1837,7 @@ async def test_whatever_makes_commits_fail_is_503_and_unhealthy_until_one_works(
     for answer in answers:
         assert answer.detail(503)
     assert (sick.status, sick.document["status"]) == (503, "failing")
-    assert any("secret" not in str(text) for text in sick.document.values())
-    assert "status" in sick.document and len(sick.document) > 3, "it gives a reason"
+    assert len(sick.document) > 3, "it gives a reason"
     assert not any(b"/secret" in answer.body for answer in [*answers, sick])
     assert (await service.ask("HEAD", "/")).status == 503
     assert rows(service.db) == [] and await service.stats() == (0, 0, 0)
@@ -1970,8 +2002,9 @@ async def test_the_log_has_a_line_for_each_event_and_nothing_that_a_client_could
 ) -> None:
     service = await process(API_TOKEN="t0ken")
     service.session.headers["Authorization"] = "Bearer t0ken"
-    await service.publish(event(topic="order", event_id="001"))
-    await service.publish([event(topic="order", event_id="001"), event(topic="é %s", event_id="🎉")])
+    first = event(topic="order", event_id="001")
+    await service.publish(first)
+    await service.publish([first, event(topic="é %s", event_id="🎉"), event(event_id="last")])
     forged = "\nERROR - forged\x1b[31m\r\u2028x"
     for field in "topic", "event_id", "source", "timestamp":
         (await service.publish(event(**{field: f"a{forged}"}))).detail(422)
@@ -1985,11 +2018,13 @@ async def test_the_log_has_a_line_for_each_event_and_nothing_that_a_client_could
     assert [line for line in said if "event" in line] == [
         "INFO - Processed new event: topic=order, event_id=001",
         "INFO - Processed new event: topic=é %s, event_id=🎉",
+        "INFO - Processed new event: topic=order.created, event_id=last",
         "WARNING - Dropped duplicate event: topic=order, event_id=001",
         "INFO - Processed new event: topic=order.created, event_id=kept",
     ]
-    assert len(said) <= 4 + 2, "there is no access log"
-    assert not re.search("forged|t0ken|wr0ng|Traceback|[\x00-\x09\x0b-\x1f\x7f-\x9f]", service.log())
+    assert len(said) <= 5 + 2, "there is no access log"
+    never = "forged|t0ken|wr0ng|Traceback|[\x00-\x09\x0b-\x1f\x7f-\x9f]"
+    assert not re.search(never, service.log())
 
 
 # --- Durability and crashes --------------------------------------------------------------------
@@ -2053,14 +2088,14 @@ async def test_what_was_acknowledged_survives_kill_9_in_the_middle_of_publishing
         await asyncio.gather(*crowd)
         await service.start()
         await book.check(service)
-    assert (await service.publish(crowded(99_999))).counts == (1, 1, 0)
-    assert service.log().count("ERROR") == 0
+    assert "ERROR" not in service.log()
 
 
 async def test_two_processes_on_one_file_keep_exact_counters_and_store_nothing_twice(
-    process: StartProcess,
+    process: StartProcess, serve: Serve
 ) -> None:
-    services = await asyncio.gather(*(process() for _ in range(2)))
+    one = await process()
+    services = [one, await serve(one.db)]  # the other process is this one
     chance = random.Random(2)
 
     async def publisher(service: Service) -> list[tuple[int, int, int]]:
@@ -2195,8 +2230,9 @@ async def test_whatever_one_client_sends_its_neighbours_are_served_and_no_traceb
     bodies += [json_of(event(payload="HERE", source=5)).replace(b'"HERE"', deep) for deep in nested]
     bodies += [bytes(chance.choices(range(256), k=50)) for _ in range(20)]
     for body in [json_of(event())] * 100:  # a byte is changed, lost or doubled
-        at, piece = chance.randrange(len(body)), bytes([chance.randrange(256)])
-        bodies.append(body[:at] + chance.choice([b"", piece, body[at : at + 1] * 2]) + body[at + 1 :])
+        at = chance.randrange(len(body))
+        piece = chance.choice([b"", bytes([chance.randrange(256)]), body[at : at + 1] * 2])
+        bodies.append(body[:at] + piece + body[at + 1 :])
 
     async def poisoner() -> None:
         for body in bodies:
@@ -2225,7 +2261,7 @@ async def test_whatever_one_client_sends_its_neighbours_are_served_and_no_traceb
     assert len(await service.stored(topic="good")) == stored > 0
     await all_adds_up(service)
     assert await service.terminate() == 0
-    assert service.log().count("\n") == 2 or service.log().count("Traceback") == 0
+    assert "Traceback" not in service.log() and "ERROR" not in service.log()
 
 
 # --- Stopping ----------------------------------------------------------------------------------
@@ -2252,7 +2288,27 @@ async def test_what_was_accepted_before_the_stop_is_stored_and_answered(
     assert sorted(row["event_id"] for row in rows(service.db)) == list("012345")
 
 
-async def test_sigterm_under_load_ends_it_cleanly_within_3_seconds(process: StartProcess) -> None:
+async def test_what_was_accepted_is_stored_though_the_disk_is_too_slow_to_answer_in_time(
+    monkeypatch: pytest.MonkeyPatch, disk: Disk, serve: Serve
+) -> None:
+    monkeypatch.setattr(aggregator, "SHUTDOWN_SECONDS", 0.01)
+    service = await serve()
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(event(event_id="0")))]
+        await until(lambda: disk.groups)
+        waiting += [asyncio.create_task(service.publish(numbered([n]))) for n in range(1, 4)]
+        await until(lambda: queued(service, 3))
+        stopping = asyncio.create_task(service.stop())
+        await until(lambda: all(answer.done() for answer in waiting))
+    for answer in waiting:
+        assert isinstance(answer.exception(), aiohttp.ClientError)
+    await stopping
+    assert sorted(row["event_id"] for row in rows(service.db)) == list("0123")
+
+
+async def test_sigterm_under_load_ends_it_cleanly_within_3_seconds(
+    process: StartProcess, serve: Serve
+) -> None:
     chance, book = random.Random(15), Book(set(), 0, 0)
     service = await process()
     crowd = [asyncio.create_task(book.keep_publishing(service, chance)) for _ in range(12)]
@@ -2268,9 +2324,7 @@ async def test_sigterm_under_load_ends_it_cleanly_within_3_seconds(process: Star
     await asyncio.gather(*crowd)
     assert (code, took < 3) == (0, True)
     assert [path.name for path in service.db.parent.iterdir()] == ["events.db"]
-    await service.start()
-    await book.check(service)
-    assert await service.terminate(signal.SIGINT) == 0
+    await book.check(await serve(service.db))
 
 
 async def test_a_second_signal_ends_it_at_once(process: StartProcess) -> None:
@@ -2281,17 +2335,17 @@ async def test_a_second_signal_ends_it_at_once(process: StartProcess) -> None:
         await until(lambda: in_flight(service, len(body)))
         service.popen.send_signal(signal.SIGTERM)
         await until(lambda: "Stopping" in service.log())
-        await until(lambda: service.popen.poll() or service.popen.send_signal(signal.SIGTERM))
+        began = time.monotonic()
+        await until(lambda: service.popen.send_signal(signal.SIGTERM) or service.popen.poll())
+        assert time.monotonic() - began < aggregator.SHUTDOWN_SECONDS
         with pytest.raises(aiohttp.ClientError):
-            await waiting  # nobody stayed to tell that the database is busy
+            await waiting
 
 
 # --- publisher.py ------------------------------------------------------------------------------
 
 
-async def publisher(
-    *flags: str, **environment: str
-) -> asyncio.subprocess.Process:
+async def publisher(*flags: str, **environment: str) -> asyncio.subprocess.Process:
     """A running `python publisher.py`."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
@@ -2364,7 +2418,7 @@ async def test_the_publisher_exits_with_1_if_the_service_cannot_be_reached() -> 
 @needs_publisher
 async def test_the_publisher_exits_with_2_on_bad_flags() -> None:
     bad = [
-        *(["--events", "0"], ["--duplicate-rate", "1.5"], ["--rate", "x"], ["--url", "nonsense"]),
+        *(["--events", "0"], ["--duplicate-rate", "1.5"], ["--nonsense"]),
     ]
     running = [await publisher(*flags) for flags in bad]
     for flags, (code, out, err) in zip(bad, await asyncio.gather(*map(outcome, running))):
