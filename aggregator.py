@@ -55,7 +55,7 @@ from operator import itemgetter, not_
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion11, StreamReader, web
 
 log = logging.getLogger("aggregator")
 
@@ -90,7 +90,7 @@ BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refus
 CACHE_KIB = 16 * 1024  # of database pages for each connection: the busy part of the index
 CHECKPOINT_PAGES = 16_000  # 64 MB of log: a page that many groups changed is moved only once
 PAGE_EVENTS = 500  # read at a time, which takes about 2 ms
-PAGE_BYTES = MIB // 4  # of payloads read at a time, or one payload if it is larger
+PAGE_BYTES = MIB // 4  # of payloads read at a time (as characters), or one payload if larger
 FEED_PAGE_SECONDS = 0.002  # for each page of all live feeds together: publishing comes first
 HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 or 60
 BODY_SECONDS = 30.0  # for a body to arrive
@@ -452,7 +452,7 @@ class Store:
 
 def connect(path: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us, for any one thread at a time."""
-    db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA synchronous = FULL")  # COMMIT waits until the log is on the disk
     db.execute("PRAGMA fullfsync = ON")  # macOS: on the disk, not in its cache
     db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
@@ -533,7 +533,8 @@ class GroupCommit:
                 yield
         except TimeoutError:
             if time.monotonic() < since + BODY_SECONDS:
-                raise unavailable("The body arrives too slowly for a service this busy") from None
+                why = "is stopping" if self.stopping else "is too busy for a body this slow"
+                raise unavailable(f"The service {why}") from None
             raise Refused(408, f"The body did not arrive within {BODY_SECONDS:.0f} s") from None
         finally:
             del self._arriving[deadline]
@@ -563,10 +564,13 @@ class GroupCommit:
                 group.append(self.queue.get_nowait())
                 events += len(group[-1][0].topics)
                 size += len(group[-1][0].rows)
-            if self.stopping and self.failure:  # the disk had its chance, and time is short
-                self._refuse(group, sqlite3.OperationalError(self.failure))
-            else:
-                await self._commit(group)
+            try:
+                if self.stopping and self.failure:  # the disk had its chance, and time is short
+                    self._refuse(group, sqlite3.OperationalError(self.failure))
+                else:
+                    await self._commit(group)
+            except Exception:  # after the commit: the log, the feeds; the next group must not wait
+                log.exception("A fault of this program")
             for _ in group:
                 self.queue.task_done()
 
@@ -626,7 +630,7 @@ class GroupCommit:
                 future.set_result(None)
 
     def stop(self) -> None:
-        """Refuses what comes from now on; what was admitted whole is still stored and answered."""
+        """Refuses what comes from now on; what waits is stored, and has 2 s to be answered."""
         self.stopping = True
         self.hurry(0)
         self._tell(list(self._news))
@@ -842,23 +846,31 @@ class Api:
             await response.write(b"retry: 1000\n\n")
             while rest and not self._commits.stopping:
                 news = self._commits.news(topic)  # before reading, so that nothing slips between
-                number, after, text = await self._shared_page(topic, after, min(rest, PAGE_EVENTS))
+                limit = min(rest, PAGE_EVENTS)
+                number, after, text = await self._shared_page(news, topic, after, limit)
                 rest -= number
                 if number:
                     await response.write(text)
                     await asyncio.sleep(FEED_PAGE_SECONDS * (self._subscribers - self._idle))
                     continue
                 self._idle += 1
-                told, _ = await asyncio.wait([news], timeout=HEARTBEAT_SECONDS)
-                self._idle -= 1
+                try:
+                    told, _ = await asyncio.wait([news], timeout=HEARTBEAT_SECONDS)
+                finally:
+                    self._idle -= 1
                 if not told:
                     await response.write(b": nothing new\n\n")
         finally:
             self._subscribers -= 1
 
-    async def _shared_page(self, topic: str | None, after: int, limit: int) -> Page:
-        """Store.page for a live feed: subscribers at the same place share one query."""
-        key = topic, after, limit
+    async def _shared_page(
+        self, news: asyncio.Future[None], topic: str | None, after: int, limit: int
+    ) -> Page:
+        """Store.page for a live feed: subscribers at the same place share one query.
+
+        Only those who wait for the same news: a query from before it may not have seen it.
+        """
+        key = news, topic, after, limit
         if key not in self._pages:
             form, page = "text/event-stream", self._store.page
             query = self._read(page, form, topic, after, MAX_INTEGER, limit)
@@ -924,6 +936,13 @@ class Api:
         return web.Response(text=text, headers=headers)
 
 
+async def go_on(request: web.Request) -> None:
+    """What a client that sends Expect waits for before its body; aiohttp's own answers 417."""
+    if request.version == HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+
+
 def too_large(most: int) -> Refused:
     """The answer to a body that is larger than allowed."""
     return Refused(413, f"The body is larger than {most} bytes")
@@ -971,7 +990,7 @@ def create_app(settings: Settings) -> web.Application:
         "lingering_time": LINGER_SECONDS,
     }
     app = web.Application(middlewares=[api.answer_errors], handler_args=handler_args)
-    app.router.add_post("/publish", api.publish)
+    app.router.add_post("/publish", api.publish, expect_handler=go_on)
     app.router.add_get("/events", api.events)
     app.router.add_get("/stats", api.stats)
     app.router.add_get("/metrics", api.metrics)
@@ -1020,7 +1039,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         parser.error(f"--port is 0 to 65535, not {settings.port}")
     if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         parser.error(f"--log-level is DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")
-    if not 1 <= settings.max_body_bytes <= settings.max_in_flight_bytes:
+    if not 1 <= settings.max_body_bytes <= settings.max_in_flight_bytes < sys.maxsize:
         parser.error("--max-body-bytes is 1 to --max-in-flight-bytes, so that one body fits")
     if not re.fullmatch("[!-~]*", settings.api_token):
         parser.error("--api-token is printable ASCII without spaces: a header has to carry it")
