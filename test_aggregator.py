@@ -971,6 +971,13 @@ async def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(
             assert (await client.answer()).status == status
 
 
+async def test_a_client_that_expects_what_nobody_knows_is_answered_like_any_other(
+    service: InProcess,
+) -> None:
+    assert (await service.publish(json_of(event()), Expect="x-wonders")).counts == (1, 1, 0)
+    (await service.publish(b"[]", Expect="x-wonders")).detail(422)
+
+
 def raw_deflate(plain: bytes) -> bytes:
     compressor = zlib.compressobj(wbits=-15)
     return compressor.compress(plain) + compressor.flush()
@@ -1692,6 +1699,26 @@ async def test_no_event_slips_past_a_feed_at_whatever_moment_it_comes(service: I
             await service.publish(each)
             assert [found for _, found in await feed.take(1)] == [each]
             await asyncio.sleep(chance.random() * 0.004)  # another moment in the life of the feed
+
+
+async def test_a_page_from_before_an_event_is_not_shared_with_who_waits_for_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, service: InProcess
+) -> None:
+    read, is_read = Store.page, threading.Event()
+
+    def slow_page(self: Store, *arguments: Any) -> Any:
+        page = read(self, *arguments)
+        is_read.set()
+        time.sleep(0.2)  # on its way to the first subscriber while the event and the second come
+        return page
+
+    monkeypatch.setattr(Store, "page", slow_page)
+    async with service.feed() as first:
+        await asyncio.to_thread(is_read.wait, PATIENCE_SECONDS)
+        await service.publish(event())
+        async with service.feed() as second:
+            for feed in (first, second):
+                assert [each for _, each in await feed.take(1)] == [event()]
 
 
 async def test_silence_on_a_feed_is_broken_by_comments(
