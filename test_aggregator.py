@@ -349,7 +349,8 @@ class InProcess(Service):
 
     async def stop(self) -> None:
         """What SIGTERM does."""
-        await self._runner.cleanup()
+        async with asyncio.timeout(3 * PATIENCE_SECONDS):
+            await self._runner.cleanup()
 
 
 Serve = Callable[..., Awaitable[InProcess]]
@@ -368,8 +369,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     yield start
     for service in services:
         await service.session.close()
-        async with asyncio.timeout(3 * PATIENCE_SECONDS):
-            await service.stop()
+        await service.stop()
 
 
 @pytest_asyncio.fixture
