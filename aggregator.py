@@ -977,6 +977,8 @@ def integer(source: Mapping[str, str], name: str, least: int, default: int) -> i
 
 
 # --- Application -----------------------------------------------------------------------------
+# Who knows whom: the store knows nobody, group commit knows the store, the handlers know both.
+# They are handed to each other here and not kept in module globals, so that a test can have two.
 
 
 def create_app(settings: Settings) -> web.Application:
@@ -1012,6 +1014,8 @@ def create_app(settings: Settings) -> web.Application:
 
 
 # --- Command line ----------------------------------------------------------------------------
+# Settings, the log, the signals. web.run_app would be shorter, but it answers a start that fails
+# with a traceback, and a second signal with more patience than whoever sent it has.
 
 
 class Parser(argparse.ArgumentParser):
