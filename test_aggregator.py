@@ -136,7 +136,8 @@ class Says:
 
 
 # --- Vocabulary: services ----------------------------------------------------------------------
-# until, Answer, Feed, Service, InProcess, Process, Disk; serve, service, process, disk
+# until, Answer, Feed, Service, InProcess, Process, Disk; serve, service, process, disk,
+# nothing_else_goes_wrong, locked, all_adds_up
 
 
 async def until(condition: Callable[[], Any]) -> Any:
@@ -486,6 +487,17 @@ class Disk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     """Ask for it before `service`."""
     return Disk(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_else_goes_wrong(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No service in this process may log an error; who provokes one looks at it and clears it."""
+    yield
+    assert [record.message for record in caplog.get_records("call") if is_error(record)] == []
+
+
+def is_error(record: logging.LogRecord) -> bool:
+    return record.name == "aggregator" and record.levelno >= logging.ERROR
 
 
 @contextlib.contextmanager
@@ -1114,7 +1126,7 @@ BAD_BODIES: list[tuple[bytes, list[dict[str, Any]]]] = [
             *(b"{", b"nope", b"[1,]", b"{'a': 1}", b'{"a": 01}', b"{} {}", b" ", b"\0", b"[}"),
             *(b'{"a": NaN}', b"[Infinity]", b"[-Infinity]", b'{"a": "\n"}', b'{"a": "\\x"}'),
             *(b"\xff\xfe", b'"\xc3"', b'"\xed\xa0\x80"', b"\xef\xbb\xbf{}", "{}".encode("utf-16")),
-            *(b"[" * 100_000, b'{"a":' * 100_000, b"[" * 5000 + b"]" * 5000),
+            *(b"[" * 100_000, b'{"a":' * 100_000),
             *(b'{"n": %b}' % (b"9" * 4301), b"-" + b"1" * 5000),
         )
     ),
@@ -1130,8 +1142,8 @@ def test_a_bad_body_is_answered_with_its_fault(body: bytes, entries: list[dict[s
 
 async def test_a_422_carries_these_entries_and_nothing_is_stored(service: InProcess) -> None:
     table = [(body, entries) for body, entries in BAD_BODIES]
-    for field, value, entry in BAD_FIELDS:
-        body, loc = random.choice(in_all_forms(event(**{field: value})))
+    for number, (field, value, entry) in enumerate(BAD_FIELDS):
+        body, loc = in_all_forms(event(**{field: value}))[number % 3]
         table.append((json_of(body), [entry | {"loc": [*loc, field]}]))
     answers = await asyncio.gather(*(service.publish(body) for body, _ in table))
     for answer, (body, entries) in zip(answers, table):
@@ -1253,7 +1265,7 @@ ISO_8601 = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\
 
 def test_taking_explaining_and_parsing_agree_on_thousands_of_damaged_events() -> None:
     chance, taken, faults = random.Random(2025), 0, Counter()
-    for _ in range(6000):
+    for _ in range(4000):
         events = [damaged(chance) for _ in range(chance.choice([1, 1, 2, 4]))]
         errors = explain(events, ["body", "events"])
         assert (take(events) is None) == bool(errors), events
@@ -1695,7 +1707,7 @@ async def test_a_feed_of_one_topic_has_only_its_own_events(service: InProcess) -
 async def test_no_event_slips_past_a_feed_at_whatever_moment_it_comes(service: InProcess) -> None:
     chance = random.Random(6)
     async with service.feed() as feed:
-        for each in numbered(range(150)):
+        for each in numbered(range(100)):
             await service.publish(each)
             assert [found for _, found in await feed.take(1)] == [each]
             await asyncio.sleep(chance.random() * 0.004)  # another moment in the life of the feed
@@ -1868,8 +1880,9 @@ async def test_whatever_makes_commits_fail_is_503_and_unhealthy_until_one_works(
     assert not any(b"/secret" in answer.body for answer in [*answers, sick])
     assert (await service.ask("HEAD", "/")).status == 503
     assert rows(service.db) == [] and await service.stats() == (0, 0, 0)
-    said = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    said = [record for record in caplog.records if is_error(record)]
     assert len(said) == 1, "the log says once what is wrong, not once a request"
+    caplog.clear()
 
     disk.error = None
     assert (await service.publish([event(), event()])).counts == (2, 1, 1)
@@ -1887,8 +1900,8 @@ async def test_a_database_locked_by_another_program_is_503_until_it_is_free(
             assert answer.detail(503)
         assert await service.health() == 503
         assert await service.stored() == [], "reading goes on"
-    said = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert len(said) == 1
+    assert len([record for record in caplog.records if is_error(record)]) == 1
+    caplog.clear()
     assert (await service.publish(event())).counts == (1, 1, 0)
     assert await service.health() == 200
 
@@ -2282,7 +2295,7 @@ async def test_whatever_one_client_sends_its_neighbours_are_served_and_no_traceb
         return count
 
     poison = asyncio.create_task(poisoner())
-    stored = sum(await asyncio.gather(*map(neighbour, "abcd")))
+    stored = sum(await asyncio.gather(*map(neighbour, "ab")))
     await poison
     assert set(statuses) == {202, 400, 413, 422} and statuses[422] > 100, statuses
     assert len(await service.stored(topic="good")) == stored > 0
