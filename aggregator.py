@@ -44,9 +44,7 @@ import weakref
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import (
-    AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence,
-)  # fmt: skip
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -286,7 +284,7 @@ FIELDS_OF = itemgetter(*RULES)
 # A group goes in with one statement, as one JSON text. sqlite3 lets go of Python's global lock at
 # every step of a statement, and has to win it back from an event loop that hardly ever waits:
 # `executemany` was measured at 1 ms a row beside a busy loop, this at 13 microseconds (the convoy
-# effect). For the same reason each query that could return many rows returns one.
+# effect). For the same reason the counters go with it, and each query returns one row.
 
 SCHEMA_VERSION = 1
 SCHEMA = f"""
@@ -315,25 +313,36 @@ SCHEMA = f"""
     PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
 """
-COUNT_RECEIVED = """
-    INSERT INTO topics (name, received)
-    SELECT value ->> 0, value ->> 1 FROM json_each(?) WHERE true
-    ON CONFLICT (name) DO UPDATE SET received = received + excluded.received
-"""
 LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
-# The conflict target is named: without it a clash of seq, too, would pass for a duplicate.
-INSERT_EVENTS = """
-    INSERT INTO events (seq, topic_id, event_id, timestamp, source, payload)
-    SELECT :first + key, (SELECT id FROM topics WHERE name = value ->> 0),
-           value ->> 1, value ->> 2, value ->> 3, value -> 4
-    FROM json_each(CAST(:rows AS TEXT)) WHERE true
-    ON CONFLICT (topic_id, event_id) DO NOTHING
+# Storing a group is one INSERT into a view of the writer's own, and so one transaction: what its
+# trigger does is done whole or not at all. The write lock is taken first, so `first` stays true
+# whatever other processes do to the file. The conflict target is named: without it a clash of
+# seq, too, would pass for a duplicate. The + keeps SQLite from walking along a whole index.
+GROUP_COMMIT = """
+    CREATE TEMP TABLE outcome (first INTEGER, positions TEXT);
+    INSERT INTO outcome DEFAULT VALUES;
+    CREATE TEMP VIEW arrivals AS SELECT NULL AS rows, NULL AS topics;
+    CREATE TEMP TRIGGER group_commit INSTEAD OF INSERT ON arrivals BEGIN
+        INSERT INTO topics (name, received, duplicates)  -- duplicates until they are stored
+        SELECT value ->> 0, value ->> 1, value ->> 1 FROM json_each(NEW.topics) WHERE true
+        ON CONFLICT (name) DO UPDATE SET received = received + excluded.received,
+                                         duplicates = duplicates + excluded.duplicates;
+        UPDATE outcome SET first = 1 + (SELECT coalesce(max(seq), 0) FROM events);
+        INSERT INTO events (seq, topic_id, event_id, timestamp, source, payload)
+        SELECT first + key, (SELECT id FROM topics WHERE name = value ->> 0),
+               value ->> 1, value ->> 2, value ->> 3, value -> 4
+        FROM outcome, json_each(NEW.rows) WHERE true
+        ON CONFLICT (topic_id, event_id) DO NOTHING;
+        UPDATE topics SET duplicates = duplicates - stored
+        FROM (SELECT topic_id, count(*) AS stored FROM events
+              WHERE seq >= (SELECT first FROM outcome) GROUP BY +topic_id)
+        WHERE id = topic_id;
+        UPDATE outcome SET positions =
+            (SELECT json_group_array(seq - first) FROM events WHERE seq >= first);
+    END;
 """
-NEW_POSITIONS = "SELECT json_group_array(seq - :first) FROM events WHERE seq >= :first"
-COUNT_DUPLICATES = """
-    UPDATE topics SET duplicates = duplicates + (value ->> 1)
-    FROM json_each(?) WHERE name = value ->> 0
-"""
+COMMIT_GROUP = "INSERT INTO arrivals VALUES (CAST(? AS TEXT), ?)"
+NEW_POSITIONS = "SELECT positions FROM outcome"
 TOTALS = """
     SELECT total(received), total(received - duplicates), json_group_array(name)
     FROM (SELECT * FROM topics ORDER BY name)
@@ -391,6 +400,7 @@ class Store:
             if self._writer.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise StartError("its file system cannot share memory, as write-ahead logs must")
             self._writer.executescript(SCHEMA)  # always: it proves that the file can be written
+            self._writer.executescript(GROUP_COMMIT)
             self._reader = connect(path)
             self._reader.execute("PRAGMA query_only = ON")
         except (OSError, sqlite3.Error, StartError) as why:
@@ -404,17 +414,10 @@ class Store:
         """
         rows = b"[%b]" % b",".join([publication.rows for publication in publications])
         topics = list(chain.from_iterable([publication.topics for publication in publications]))
-        is_new, db = bytearray(b"\1") * len(topics), self._writer
-        with transaction(db):
-            db.execute(COUNT_RECEIVED, [count(topics)])
-            first = db.execute(LAST_SEQ).fetchone()[0] + 1
-            stored = db.execute(INSERT_EVENTS, {"first": first, "rows": rows}).rowcount
-            if stored < len(topics):
-                is_new = bytearray(len(topics))
-                positions = db.execute(NEW_POSITIONS, {"first": first}).fetchone()[0]
-                for position in json.loads(positions):
-                    is_new[position] = 1
-                db.execute(COUNT_DUPLICATES, [count(compress(topics, map(not_, is_new)))])
+        is_new = bytearray(len(topics))
+        self._writer.execute(COMMIT_GROUP, [rows, json.dumps(list(Counter(topics).items()))])
+        for position in json.loads(self._writer.execute(NEW_POSITIONS).fetchone()[0]):
+            is_new[position] = 1
         return is_new
 
     def last_seq(self) -> int:
@@ -460,24 +463,6 @@ def connect(path: str) -> sqlite3.Connection:
     # SQLite copies each page that a statement changes, to undo half of it; in memory, not a file.
     db.execute("PRAGMA temp_store = MEMORY")
     return db
-
-
-@contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing. IMMEDIATE takes the write lock at once, so what is read here stays true."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # after some errors SQLite has done it already
-            db.execute("ROLLBACK")
-        raise
-
-
-def count(topics: Iterable[str]) -> str:
-    """How often each topic occurs, as SQL takes it in: [[topic, number], …]."""
-    return json.dumps(list(Counter(topics).items()))
 
 
 # --- Group commit ----------------------------------------------------------------------------
@@ -558,7 +543,6 @@ class GroupCommit:
         """The consumer: commits all that waits, for ever."""
         while True:
             group = [await self.queue.get()]
-            await asyncio.sleep(0)  # a round of the event loop: who has arrived comes along
             events, size = len(group[0][0].topics), len(group[0][0].rows)
             while not self.queue.empty() and events < MAX_GROUP_EVENTS and size < MAX_GROUP_BYTES:
                 group.append(self.queue.get_nowait())
@@ -691,7 +675,6 @@ class Histogram:
 # not by aiohttp's request.read(): to refuse them before they take memory, and because aiohttp
 # takes a truncated gzip for whole.
 
-JSON = {"Content-Type": "application/json"}
 WINDOW_BITS = {"": 0, "identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
 MAX_INTEGER = 2**63 - 1  # SQLite's
 DASHBOARD = Path(__file__).with_name("dashboard.html")
@@ -777,7 +760,7 @@ class Api:
             f'"duplicate_dropped": {received - unique}, '
             f'"message": "Received {received} event(s) for processing"}}'
         )
-        return web.Response(status=202, body=text.encode(), headers=JSON)
+        return web.Response(status=202, body=text.encode(), content_type="application/json")
 
     async def _read_body(self, content: StreamReader) -> bytes:
         """The body as it was sent; raises Refused (400, 408, 413, 503)."""

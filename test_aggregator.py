@@ -911,7 +911,7 @@ async def test_whoever_commits_waits_for_the_disk(
 
     class Watched(sqlite3.Connection):
         def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-            if sql.strip().upper().startswith("COMMIT"):
+            if sql.strip().upper().startswith(("INSERT", "COMMIT")):
                 levels.append(super().execute("PRAGMA synchronous").fetchone()[0])
             return super().execute(sql, *values)
 
