@@ -5,7 +5,7 @@ says that it arrived (at-least-once delivery). So the same event comes many time
 same moment on two connections, also after a crash. A consumer has to make that harmless: it must
 be idempotent. This is such a consumer, laid out in the order in which an event travels:
 
-    POST /publish - admit - parse, validate - asyncio.Queue - the consumer takes all that waits
+    POST /publish - admit - asyncio.Queue - the consumer parses and validates all that waits -.
       202 - the counts of this request - future - COMMIT, fsync - one transaction, writer thread
     GET /events, /stats - reader thread with a read-only connection - pages, streamed
 
@@ -28,7 +28,6 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import hmac
 import json
@@ -40,18 +39,20 @@ import signal
 import sqlite3
 import sys
 import time
-import weakref
 import zlib
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
-from itertools import accumulate, chain, compress
+from email.utils import formatdate
+from functools import lru_cache
+from itertools import chain, compress
 from operator import itemgetter, not_
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 from aiohttp import HttpVersion11, StreamReader, web
 
@@ -80,10 +81,9 @@ class Settings:
 
 VERSION = "1.0.0"
 MAX_NAME_CHARACTERS = 512  # of a topic, an event_id, a source: they are keys, and keys are short
-LARGE_BYTES = MIB  # larger bodies go one at a time: as objects they can be 50 times as large
 MAX_ERRORS = 100  # listed for one request: enough to find the mistake
-MAX_GROUP_EVENTS = 5_000  # in one commit: more make it longer, but no cheaper for each event
-MAX_GROUP_BYTES = MIB  # in one commit: SQLite's JSON parser takes up to 12 bytes for each
+BATCH_REQUESTS = 16  # parsed in a row: fewer cost more each, more keep the writer waiting
+MAX_GROUP_BYTES = MIB // 2  # in one commit: more make it longer, but no cheaper for each event
 BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refused
 CACHE_KIB = 16 * 1024  # of database pages for each connection: the busy part of the index
 CHECKPOINT_PAGES = 16_000  # 64 MB of log: a page that many groups changed is moved only once
@@ -94,9 +94,7 @@ HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 
 BODY_SECONDS = 30.0  # for a body to arrive
 SLOW_SECONDS = 1.0  # after which a body on its way must yield where room is short
 KEEPALIVE_SECONDS = 30.0  # for a connection to begin a request and to finish its headers
-LINGER_SECONDS = 5.0  # to read on after a refusal: hanging up at once could destroy the answer
 SHUTDOWN_SECONDS = 1.0  # for answers under way; aiohttp waits it twice, docker stop gives 10 s
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 OPEN_FILES = 65_536  # a connection is an open file, and the usual limit is 1,024
 
@@ -120,40 +118,37 @@ class Refused(Exception):
         self.status, self.detail, self.headers = status, detail, headers
 
 
-class Publication(NamedTuple):
-    """The events of one request, ready to be stored; all three in the same order."""
+class Rows(NamedTuple):
+    """Events ready to be stored; all three in the same order."""
 
-    rows: bytes  # "[topic, event_id, timestamp, source, payload],[…],…", JSON in UTF-8
+    text: bytes  # "[topic, event_id, timestamp, source, payload],[…],…", JSON in UTF-8
     topics: list[str]
     event_ids: list[str]
 
 
-def parse(body: bytes) -> Publication:
-    """The body of a POST /publish as a Publication; raises Refused (422)."""
+def parse(body: bytes) -> tuple[list[Any], list[Any]]:
+    """The events of a body, not yet validated, and their loc: [] if the body itself is the event.
+
+    Raises Refused (422); ValueError and RecursionError for what is no JSON.
+    """
     if not body:
-        raise invalid("missing", ["body"], "Field required")
-    try:
-        document = DECODER.decode(body.decode())
-        events, loc = document, ["body"]  # loc: where the events are, [] if the body itself is one
-        if type(document) is dict and "events" in document and "event_id" not in document:
-            events, loc = document["events"], ["body", "events"]
-        elif type(document) is not list:
-            events, loc = [document], []
-        if type(events) is not list:
-            raise invalid("list_type", loc, "Input should be a valid list")
-        if not events:
-            ctx = {"field_type": "List", "min_length": 1, "actual_length": 0}
-            why = "List should have at least 1 item after validation, not 0"
-            raise invalid("too_short", loc, why, ctx)
-        if publication := take(events):
-            return publication
-        raise Refused(422, explain(events, loc))
-    except (ValueError, RecursionError) as error:
-        raise not_json(error) from None
+        raise invalid(["body"], "missing", "Field required")
+    document, loc = DECODER.decode(body.decode()), ["body"]
+    if type(document) is dict and "events" in document and "event_id" not in document:
+        document, loc = document["events"], ["body", "events"]
+    elif type(document) is not list:
+        return [document], []
+    if type(document) is not list:
+        raise invalid(loc, "list_type", "Input should be a valid list")
+    if not document:
+        ctx = {"field_type": "List", "min_length": 1, "actual_length": 0}
+        why = "List should have at least 1 item after validation, not 0"
+        raise invalid(loc, "too_short", why, ctx)
+    return document, loc
 
 
-def take(events: list[Any]) -> Publication | None:
-    """The straight path: the events as a Publication, or None if anything is wrong with any."""
+def take(events: list[Any]) -> Rows | None:
+    """The straight path: the events as Rows, or None if anything is wrong with any."""
     rows = []
     try:
         for topic, event_id, timestamp, source, payload in map(FIELDS_OF, events):
@@ -168,7 +163,7 @@ def take(events: list[Any]) -> Publication | None:
         # A field that is not there, an event that is no object, a name that is no string, a day
         # that does not exist, a number or a character that has no place in JSON.
         return None
-    return Publication(text, [row[0] for row in rows], [row[1] for row in rows])
+    return Rows(text, [row[0] for row in rows], [row[1] for row in rows])
 
 
 def is_name(text: str) -> bool:
@@ -181,29 +176,64 @@ def explain(events: list[Any], loc: list[Any]) -> list[dict[str, Any]]:
     """All that is wrong with the events, in their order, at most MAX_ERRORS."""
     errors: list[dict[str, Any]] = []
     for index, event in enumerate(events):
-        if len(errors) >= MAX_ERRORS:
-            break
         here = [*loc, index] if loc else ["body"]
         if type(event) is not dict:
             why = "Input should be a valid dictionary or object to extract fields from"
-            errors.append(entry("model_attributes_type", here, why))
-            continue
-        for field, rules in RULES.items():
-            if field not in event:
-                errors.append(entry("missing", [*here, field], "Field required"))
-            elif broken := next((rule for rule in rules if rule[0](event[field])), None):
-                errors.append(entry(broken[1], [*here, field], *broken[2:]))
+            errors.append(entry(here, "model_attributes_type", why))
+        else:
+            for field in FIELDS:
+                if field not in event:
+                    errors.append(entry([*here, field], "missing", "Field required"))
+                elif broken := broken_rule(field, event[field]):
+                    errors.append(entry([*here, field], *broken))
+        if len(errors) >= MAX_ERRORS:
+            break
     return errors[:MAX_ERRORS]
 
 
-def entry(kind: str, loc: list[Any], msg: str, ctx: Any = None) -> dict[str, Any]:
+def broken_rule(field: str, value: Any) -> tuple[Any, ...] | None:
+    """The first rule that the value of a field breaks: type, msg and perhaps ctx of its entry."""
+    if field == "payload":
+        if type(value) is not dict:
+            return "dict_type", "Input should be a valid dictionary"
+    elif type(value) is not str:
+        what = "datetime" if field == "timestamp" else "string"
+        return f"{what}_type", f"Input should be a valid {what}"
+    elif field == "timestamp":
+        why = "expected YYYY-MM-DDTHH:MM:SS[.fraction][Z or +HH:MM]"
+        with contextlib.suppress(ValueError):
+            if TIMESTAMP.fullmatch(value):
+                why = "there is no such day"
+                return date.fromisoformat(value[:10]) and None
+        return "datetime_parsing", f"Input should be a valid datetime, {why}"
+    elif not value:
+        return "string_too_short", "String should have at least 1 character", {"min_length": 1}
+    elif not (name := value.strip()):
+        return "value_error", "Value error, Field cannot be empty or whitespace only"
+    elif len(name) > MAX_NAME_CHARACTERS:
+        ctx = {"max_length": MAX_NAME_CHARACTERS}
+        return "string_too_long", "String should have at most 512 characters", ctx
+    elif CONTROLS.search(name):
+        why = "Field cannot contain control characters or line separators"
+        return "value_error", f"Value error, {why}"
+    try:
+        ENCODER.encode(value).encode()
+    except UnicodeEncodeError:
+        why = "Input should be a valid string, unable to parse raw data as a unicode string"
+        return "string_unicode", why
+    except ValueError:  # Python reads 1e400 as infinity
+        return "finite_number", "Input should be a finite number"
+    return None
+
+
+def entry(loc: list[Any], kind: str, msg: str, ctx: Any = None) -> dict[str, Any]:
     """An entry of a 422's detail, in pydantic's vocabulary, which clients of FastAPI know."""
     return {"type": kind, "loc": loc, "msg": msg, **({"ctx": ctx} if ctx else {})}
 
 
-def invalid(kind: str, loc: list[Any], msg: str, ctx: Any = None) -> Refused:
+def invalid(*error: Any) -> Refused:
     """The answer to a request with one error."""
-    return Refused(422, [entry(kind, loc, msg, ctx)])
+    return Refused(422, [entry(*error)])
 
 
 def not_json(error: Exception) -> Refused:
@@ -211,7 +241,7 @@ def not_json(error: Exception) -> Refused:
     position = getattr(error, "pos", getattr(error, "start", None))
     why = getattr(error, "msg", getattr(error, "reason", str(error).partition(":")[0]))
     loc = ["body"] if position is None else ["body", position]
-    return invalid("json_invalid", loc, "JSON decode error", {"error": why})
+    return invalid(loc, "json_invalid", "JSON decode error", {"error": why})
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -219,15 +249,8 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError("NaN and Infinity are not JSON")
 
 
-def fails(function: Callable[[], Any], error: type[Exception]) -> bool:
-    """Whether a function raises that error."""
-    try:
-        function()
-    except error:
-        return True
-    return False
-
-
+FIELDS = ("topic", "event_id", "timestamp", "source", "payload")
+FIELDS_OF = itemgetter(*FIELDS)
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 ENCODER = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
@@ -240,41 +263,6 @@ TIMESTAMP = re.compile(
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]+)?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
 )
-# What `explain` looks for: is it broken, type, msg, ctx. The first that is broken counts.
-NOT_UNICODE = (
-    lambda v: fails(lambda: ENCODER.encode(v).encode(), UnicodeEncodeError), "string_unicode",
-    "Input should be a valid string, unable to parse raw data as a unicode string",
-)  # fmt: skip
-NAME_RULES = (
-    (lambda v: type(v) is not str, "string_type", "Input should be a valid string"),
-    (lambda v: not v, "string_too_short",
-     "String should have at least 1 character", {"min_length": 1}),
-    (lambda v: not v.strip(), "value_error",
-     "Value error, Field cannot be empty or whitespace only"),
-    (lambda v: len(v.strip()) > MAX_NAME_CHARACTERS, "string_too_long",
-     "String should have at most 512 characters", {"max_length": MAX_NAME_CHARACTERS}),
-    (lambda v: CONTROLS.search(v.strip()), "value_error",
-     "Value error, Field cannot contain control characters or line separators"),
-    NOT_UNICODE,
-)  # fmt: skip
-TIMESTAMP_RULES = (
-    (lambda v: type(v) is not str, "datetime_type", "Input should be a valid datetime"),
-    (lambda v: not TIMESTAMP.fullmatch(v), "datetime_parsing",
-     "Input should be a valid datetime, expected YYYY-MM-DDTHH:MM:SS[.fraction][Z or +HH:MM]"),
-    (lambda v: fails(lambda: date.fromisoformat(v[:10]), ValueError), "datetime_parsing",
-     "Input should be a valid datetime, there is no such day"),
-)  # fmt: skip
-PAYLOAD_RULES = (
-    (lambda v: type(v) is not dict, "dict_type", "Input should be a valid dictionary"),
-    (lambda v: fails(lambda: ENCODER.encode(v), ValueError), "finite_number",
-     "Input should be a finite number"),  # Python reads 1e400 as infinity
-    NOT_UNICODE,
-)  # fmt: skip
-RULES: dict[str, tuple[Any, ...]] = {
-    "topic": NAME_RULES, "event_id": NAME_RULES, "timestamp": TIMESTAMP_RULES,
-    "source": NAME_RULES, "payload": PAYLOAD_RULES,
-}  # fmt: skip
-FIELDS_OF = itemgetter(*RULES)
 
 
 # --- Store -----------------------------------------------------------------------------------
@@ -313,7 +301,14 @@ SCHEMA = f"""
     PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
 """
-LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
+# For each connection. SQLite copies a page before a statement changes it, to undo half of one.
+PRAGMAS = f"""
+    PRAGMA synchronous = FULL;    -- COMMIT waits until the log is on the disk
+    PRAGMA fullfsync = ON;        -- macOS: on the disk, and not in its cache
+    PRAGMA temp_store = MEMORY;   -- for those copies: in a file they were half of all writes
+    PRAGMA cache_size = -{CACHE_KIB};
+    PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
+"""
 # Storing a group is one INSERT into a view of the writer's own, and so one transaction: what its
 # trigger does is done whole or not at all. The write lock is taken first, so `first` stays true
 # whatever other processes do to the file. The conflict target is named: without it a clash of
@@ -343,6 +338,7 @@ GROUP_COMMIT = """
 """
 COMMIT_GROUP = "INSERT INTO arrivals VALUES (CAST(? AS TEXT), ?)"
 NEW_POSITIONS = "SELECT positions FROM outcome"
+LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
 TOTALS = """
     SELECT total(received), total(received - duplicates), json_group_array(name)
     FROM (SELECT * FROM topics ORDER BY name)
@@ -350,13 +346,13 @@ TOTALS = """
 # The recursion steps from event to event until the page is full, so that a page holds either
 # many small payloads or few large ones. LIMIT 500 would be half as dear, and hold 500 of 4 MB.
 PAGE = """
-    WITH RECURSIVE page (number, seq, bytes, item) AS (
+    WITH RECURSIVE page (number, seq, size, item) AS (
         SELECT 0, :after, 0, NULL
         UNION ALL
-        SELECT number + 1, events.seq, bytes + length(payload), {item}
+        SELECT number + 1, events.seq, size + length(payload), {item}
         FROM page JOIN events
           ON events.seq = (SELECT min(seq) FROM events WHERE {topic} seq > page.seq)
-        WHERE number < :limit AND bytes < :bytes AND events.seq <= :upto
+        WHERE number < :limit AND size < :size AND events.seq <= :upto
     )
     SELECT max(number), max(seq), group_concat(item, :separator) FROM page
 """
@@ -365,14 +361,13 @@ ONE_TOPIC = "topic_id = (SELECT id FROM topics WHERE name = :topic) AND"
 EVENT = """'{"topic":' || json_quote((SELECT name FROM topics WHERE id = topic_id))
     || ',"event_id":' || json_quote(event_id) || ',"timestamp":' || json_quote(timestamp)
     || ',"source":' || json_quote(source) || ',"payload":' || payload || '}'"""
-# The representations of GET /events by their media types: an event as SQL, what separates two.
+# The representations of GET /events: an event as SQL, and what separates two.
+FEED, LINES, ARRAY = "text/event-stream", "application/x-ndjson", "application/json"
 FORMS = {
-    "text/event-stream": (
-        f"'id: ' || events.seq || char(10) || 'data: ' || {EVENT} || char(10, 10)", ""
-    ),
-    "application/x-ndjson": (f"{EVENT} || char(10)", ""),
-    "application/json": (EVENT, ","),
-}  # fmt: skip
+    FEED: (f"'id: ' || events.seq || char(10) || 'data: ' || {EVENT} || char(10, 10)", ""),
+    LINES: (f"{EVENT} || char(10)", ""),
+    ARRAY: (EVENT, ","),
+}
 Page = tuple[int, int, bytes]  # how many events, the last one's sequence number, their text
 
 
@@ -390,32 +385,31 @@ class Store:
             if sqlite3.sqlite_version_info < (3, 38):
                 raise StartError(f"SQLite {sqlite3.sqlite_version} is older than 3.38")
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            self._writer = connect(path)
-            version = self._writer.execute("PRAGMA user_version").fetchone()[0]
-            tables = self._writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+            self._writer, self._reader = connect(path), connect(path)
+            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+            (tables,) = self._writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             if version > SCHEMA_VERSION:
                 raise StartError(f"a newer version of this service made it (schema {version})")
-            if version == 0 and tables:
+            if tables and not version:
                 raise StartError("it belongs to another program")
-            if self._writer.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            if self._writer.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                 raise StartError("its file system cannot share memory, as write-ahead logs must")
             self._writer.executescript(SCHEMA)  # always: it proves that the file can be written
             self._writer.executescript(GROUP_COMMIT)
-            self._reader = connect(path)
             self._reader.execute("PRAGMA query_only = ON")
         except (OSError, sqlite3.Error, StartError) as why:
             raise StartError(f"cannot use the database {path}: {why}") from why
 
-    def commit(self, publications: Sequence[Publication]) -> bytearray:
+    def commit(self, group: Sequence[Rows]) -> bytearray:
         """Stores a group in one transaction; when this returns, all of it is on disk.
 
         Returns a flag for each event of the group, in order: 1 it was new, 0 a duplicate.
         Raises sqlite3.Error; then nothing of the group is stored.
         """
-        rows = b"[%b]" % b",".join([publication.rows for publication in publications])
-        topics = list(chain.from_iterable([publication.topics for publication in publications]))
+        text = b"[%b]" % b",".join([rows.text for rows in group])
+        topics = list(chain.from_iterable([rows.topics for rows in group]))
+        self._writer.execute(COMMIT_GROUP, [text, json.dumps(list(Counter(topics).items()))])
         is_new = bytearray(len(topics))
-        self._writer.execute(COMMIT_GROUP, [rows, json.dumps(list(Counter(topics).items()))])
         for position in json.loads(self._writer.execute(NEW_POSITIONS).fetchone()[0]):
             is_new[position] = 1
         return is_new
@@ -433,7 +427,7 @@ class Store:
         item, separator = FORMS[form]
         query = PAGE.format(item=item, topic=ONE_TOPIC if topic else "")
         values = {"topic": topic, "after": after, "upto": upto, "separator": separator}
-        values |= {"limit": min(limit, PAGE_EVENTS), "bytes": PAGE_BYTES}
+        values |= {"limit": min(limit, PAGE_EVENTS), "size": PAGE_BYTES}
         number, last_seq, text = self._reader.execute(query, values).fetchone()
         return number, last_seq, (text or "").encode()
 
@@ -456,48 +450,79 @@ class Store:
 def connect(path: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us, for any one thread at a time."""
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA synchronous = FULL")  # COMMIT waits until the log is on the disk
-    db.execute("PRAGMA fullfsync = ON")  # macOS: on the disk, not in its cache
-    db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-    db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-    # SQLite copies each page that a statement changes, to undo half of it; in memory, not a file.
-    db.execute("PRAGMA temp_store = MEMORY")
+    db.executescript(PRAGMAS)
     return db
 
 
 # --- Group commit ----------------------------------------------------------------------------
-# Admission, queue, consumer, executor, futures. An fsync takes a disk a third of a millisecond to
-# ten; one for each request would be the end of all speed. So the consumer takes every request
-# that waits and commits them together, and while one commit runs the next group gathers: groups
-# grow with the load by themselves. No timer, and a lone request waits for nobody. PostgreSQL,
-# MySQL and Kafka's brokers do the same.
+# Admission, queue, consumer, writer, futures. An fsync takes a disk a third of a millisecond to
+# ten; one for each request would be the end of all speed. So the writer commits together all that
+# is ready, and while it does, the consumer makes the next batches ready: groups grow with the load
+# by themselves. No timer, and a lone request waits for nobody. PostgreSQL, MySQL and Kafka's
+# brokers do the same.
+#
+# The consumer parses some bodies in a row, and encodes their events in one call: that is a third
+# cheaper than each in its own handler. The writer's thread runs on from group to group: to go
+# through the event loop in between would keep the disk waiting for a millisecond.
 
-Waiting = tuple[Publication, "asyncio.Future[int]"]  # the future: how many events were new
+Request = tuple[bytes, "asyncio.Future[tuple[int, int]]"]  # a body; the future: received, new
+
+
+class Batch(NamedTuple):
+    """Some requests that are ready to be committed."""
+
+    requests: list[Request]
+    counts: list[int]  # of the events of each
+    rows: Rows
+
+
+def make_batch(requests: list[Request]) -> Batch:
+    """The requests as a batch; raises Refused (422), which may be due to any one of them."""
+    events, counts = [], []
+    try:
+        for body, _ in requests:
+            found, loc = parse(body)
+            events += found
+            counts.append(len(found))
+        if rows := take(events):
+            return Batch(requests, counts, rows)
+        raise Refused(422, explain(events, loc))
+    except (ValueError, RecursionError) as error:
+        raise not_json(error) from None
 
 
 class GroupCommit:
-    """Takes in publications one by one and commits them in groups."""
+    """Takes in bodies one by one and commits them in groups."""
 
     def __init__(self, store: Store, max_in_flight_bytes: int) -> None:
         self.in_flight_bytes = 0
         self.stopping = False
         self.failure: str | None = None  # why the last commit failed, None if it did not
+        self.arriving: dict[asyncio.Timeout, float] = {}  # bodies: since when, the oldest first
         self.seconds = Histogram(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
         self.events = Histogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-        self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
-        self._store = store
-        self._max_in_flight_bytes = max_in_flight_bytes
-        self._arriving: dict[asyncio.Timeout, float] = {}  # since when, the oldest first
+        self._store, self._max_in_flight_bytes = store, max_in_flight_bytes
+        self._queue: asyncio.Queue[Request] = asyncio.Queue()
+        self._ready: SimpleQueue[Batch | None] = SimpleQueue()
+        self._passed_on = self._taken = 0  # requests: by the consumer, by the writer
         # What a live feed waits for, by topic (None: any). Weak: gone with the last who waits.
-        self._news: Any = weakref.WeakValueDictionary()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._news: Any = WeakValueDictionary()
 
-    def start(self) -> None:
-        """Starts the consumer."""
-        self._consumer = asyncio.create_task(self._consume(), name="consumer")
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Runs the consumer and the writer; at the end, until the last request is committed."""
+        self._loop, executor = asyncio.get_running_loop(), ThreadPoolExecutor(1, "writer")
+        consumer = asyncio.create_task(self._consume(), name="consumer")
+        writer = self._loop.run_in_executor(executor, self._write)
+        yield
+        await self._queue.join()
+        consumer.cancel()
+        self._ready.put(None)
+        await writer
+        executor.shutdown()
 
     # Admission bounds the memory: the bytes of a body are accounted for from before they are read
-    # until they are committed, and so the queue needs no bound of its own.
+    # until they are committed, and so the queues need no bound of their own.
 
     def admit(self, size: int) -> None:
         """Takes `size` bytes in flight, for the caller to give back; raises Refused (503)."""
@@ -508,104 +533,126 @@ class GroupCommit:
             raise unavailable("Too many bytes in flight")
         self.in_flight_bytes += size
 
-    @contextlib.asynccontextmanager
-    async def arriving(self) -> AsyncIterator[None]:
-        """Around the reading of a body that was not there at once; raises Refused (408, 503)."""
-        since = time.monotonic()
-        try:
-            async with asyncio.timeout(BODY_SECONDS) as deadline:
-                self._arriving[deadline] = since
-                yield
-        except TimeoutError:
-            if time.monotonic() < since + BODY_SECONDS:
-                why = "is stopping" if self.stopping else "is too busy for a body this slow"
-                raise unavailable(f"The service {why}") from None
-            raise Refused(408, f"The body did not arrive within {BODY_SECONDS:.0f} s") from None
-        finally:
-            del self._arriving[deadline]
-
     def hurry(self, seconds: float) -> None:
         """Ends the wait for the bodies that have been arriving for longer than that."""
-        for deadline, since in self._arriving.items():
-            if since <= time.monotonic() - seconds and not deadline.expired():
+        for deadline, since in self.arriving.items():
+            if since <= self._loop.time() - seconds and not deadline.expired():
                 deadline.reschedule(0)
 
-    async def submit(self, publication: Publication) -> int:
-        """Waits until the publication is on disk; returns how many of its events were new.
+    def submit(self, body: bytes) -> asyncio.Future[tuple[int, int]]:
+        """Resolved when the events of a body are on disk: how many there were, how many were new.
 
-        Raises Refused: 503 where it could not be stored, 422 where SQLite cannot read it.
+        Or Refused: 503 where they could not be stored, 422 if they are not good.
         """
-        future = asyncio.get_running_loop().create_future()
-        self.queue.put_nowait((publication, future))
-        return await future
+        future = self._loop.create_future()
+        self._queue.put_nowait((body, future))
+        return future
+
+    def queued(self) -> int:
+        """How many requests are in no group yet."""
+        return self._queue.qsize() + self._passed_on - self._taken
 
     async def _consume(self) -> None:
-        """The consumer: commits all that waits, for ever."""
+        """The consumer: makes batches of what waits in the queue, for ever."""
         while True:
-            group = [await self.queue.get()]
-            events, size = len(group[0][0].topics), len(group[0][0].rows)
-            while not self.queue.empty() and events < MAX_GROUP_EVENTS and size < MAX_GROUP_BYTES:
-                group.append(self.queue.get_nowait())
-                events += len(group[-1][0].topics)
-                size += len(group[-1][0].rows)
-            try:
-                if self.stopping and self.failure:  # the disk had its chance, and time is short
-                    self._refuse(group, sqlite3.OperationalError(self.failure))
-                else:
-                    await self._commit(group)
-            except Exception:  # after the commit: the log, the feeds; the next group must not wait
-                log.exception("A fault of this program")
-            for _ in group:
-                self.queue.task_done()
+            requests = [await self._queue.get()]
+            size = len(requests[0][0])
+            while len(requests) < BATCH_REQUESTS and size < MAX_GROUP_BYTES:
+                if self._queue.empty():
+                    break
+                requests.append(self._queue.get_nowait())
+                size += len(requests[-1][0])
+            self._pass_on(requests)
+            del requests  # while the consumer waits, it holds nothing
 
-    async def _commit(self, group: list[Waiting]) -> None:
-        """Commits a group and resolves its futures, whatever happens."""
-        publications = [publication for publication, _ in group]
-        loop, started = asyncio.get_running_loop(), time.perf_counter()
+    def _pass_on(self, requests: list[Request]) -> None:
+        """To the writer, as one batch; if anything is wrong with it, each request by itself."""
         try:
-            is_new = await loop.run_in_executor(self._writer, self._store.commit, publications)
+            batch = make_batch(requests)
         except Exception as why:
-            if len(group) > 1 and not is_about_the_disk(why):
-                for waiting in group:  # one by one, so that only the culprit is refused
-                    await self._commit([waiting])
+            if len(requests) > 1:
+                for request in requests:
+                    self._pass_on([request])
             else:
-                self._refuse(group, why)
+                self._resolve(requests[0], why)
+        else:
+            self._passed_on += len(requests)
+            self._ready.put(batch)
+
+    def _write(self) -> None:
+        """The writer, a thread: commits all that is ready, until it is told to end."""
+        while batch := self._ready.get():
+            group, size = [batch], len(batch.rows.text)
+            while size < MAX_GROUP_BYTES and not self._ready.empty():
+                group.append(self._ready.get())
+                size += len(group[-1].rows.text)
+            self._taken += sum([len(batch.requests) for batch in group])
+            self._commit(group)
+
+    def _commit(self, group: list[Batch]) -> None:
+        """In the writer's thread: stores a group, and has the event loop answer it."""
+        started = time.perf_counter()
+        try:
+            if self.stopping and self.failure:  # the disk had its chance, and time is short
+                raise sqlite3.OperationalError(self.failure)
+            outcome: Any = self._store.commit([batch.rows for batch in group])
+        except Exception as why:
+            outcome = why
+        requests = [request for batch in group for request in batch.requests]
+        if is_about_the_events(outcome) and len(requests) > 1:
+            for request in requests:  # one by one, so that only the culprit is refused
+                try:
+                    self._commit([make_batch([request])])
+                except Exception as why:
+                    self._loop.call_soon_threadsafe(self._resolve, request, why)
+        else:
+            seconds = time.perf_counter() - started
+            self._loop.call_soon_threadsafe(self._answer, group, outcome, seconds)
+
+    def _answer(self, group: list[Batch], outcome: Any, seconds: float) -> None:
+        """Resolves the futures of a group with what came of its commit."""
+        requests = [request for batch in group for request in batch.requests]
+        if isinstance(outcome, Exception):
+            self._fail(requests, outcome)
             return
-        self.seconds.observe(time.perf_counter() - started)
-        self.events.observe(len(is_new))
+        self.seconds.observe(seconds)
+        self.events.observe(len(outcome))
         if self.failure:
             log.warning("Commits work again")
             self.failure = None
         start = 0
-        for publication, future in group:
-            end = start + len(publication.topics)
-            if not future.done():  # done: nobody waits; its events are stored all the same
-                future.set_result(is_new.count(1, start, end))
-            start = end
-        if self._news and any(is_new):
-            topics = chain.from_iterable([publication.topics for publication in publications])
-            self._tell([None, *compress(topics, is_new)])
-        log_events(publications, is_new)
+        for request, count in zip(requests, chain.from_iterable([b.counts for b in group])):
+            self._resolve(request, (count, outcome.count(1, start, start + count)))
+            start += count
+        topics = list(chain.from_iterable([batch.rows.topics for batch in group]))
+        if self._news and any(outcome):
+            self._tell([None, *compress(topics, outcome)])
+        log_events(topics, chain.from_iterable([batch.rows.event_ids for batch in group]), outcome)
 
-    def _refuse(self, group: list[Waiting], why: Exception) -> None:
+    def _fail(self, requests: list[Request], why: Exception) -> None:
         if str(why) == "malformed JSON":  # SQLite's parser gives up earlier than Python's may
-            refusal = not_json(ValueError("nested too deeply"))
-        else:
-            # SQLite's messages name no paths. Those of other errors might, and stay in the log.
-            reason = str(why) if isinstance(why, sqlite3.Error) else type(why).__name__
-            if reason != self.failure:  # once, and not for each request
-                log.error("Commits fail: %s", why, exc_info=not isinstance(why, sqlite3.Error))
-            self.failure = reason
-            refusal = unavailable(f"The database cannot be written: {reason}")
-        for _, future in group:
-            if not future.done():
-                future.set_exception(Refused(refusal.status, refusal.detail, refusal.headers))
+            for request in requests:
+                self._resolve(request, not_json(ValueError("nested too deeply")))
+            return
+        # SQLite's messages name no paths. Those of other errors might, and stay in the log.
+        reason = str(why) if isinstance(why, sqlite3.Error) else type(why).__name__
+        if reason != self.failure:  # once, and not for each request
+            log.error("Commits fail: %s", why, exc_info=not isinstance(why, sqlite3.Error))
+        self.failure = reason
+        for request in requests:
+            self._resolve(request, unavailable(f"The database cannot be written: {reason}"))
+
+    def _resolve(self, request: Request, result: Any) -> None:
+        self._queue.task_done()
+        if not request[1].done():  # done: nobody waits; its events are stored all the same
+            is_error = isinstance(result, Exception)
+            (request[1].set_exception if is_error else request[1].set_result)(result)
 
     def news(self, topic: str | None) -> asyncio.Future[None]:
         """Resolved when the next new event of the topic (None: of any) is on disk."""
         future = self._news.get(topic)
         if future is None:
-            future = self._news[topic] = asyncio.get_running_loop().create_future()
+            future = self._news[topic] = self._loop.create_future()
         return future
 
     def _tell(self, topics: Iterable[str | None]) -> None:
@@ -619,32 +666,24 @@ class GroupCommit:
         self.hurry(0)
         self._tell(list(self._news))
 
-    async def close(self) -> None:
-        """Returns when the last request that waits is committed and answered."""
-        await self.queue.join()
-        self._consumer.cancel()
-        self._writer.shutdown()
-
 
 def unavailable(detail: str) -> Refused:
     """Nothing is stored, and the client should send the same again, which is safe."""
     return Refused(503, detail, {"Retry-After": "1"})
 
 
-def is_about_the_disk(why: Exception) -> bool:
-    """Whether a commit failed for a reason outside of its events: full, locked, broken."""
-    code = getattr(why, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    return code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT)
+def is_about_the_events(outcome: Any) -> bool:
+    """Whether a commit failed for what is in it, and not for a disk that is full or broken."""
+    code = getattr(outcome, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    theirs = sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT
+    return isinstance(outcome, Exception) and code in theirs
 
 
-def log_events(publications: Sequence[Publication], is_new: bytearray) -> None:
+def log_events(topics: Iterable[str], event_ids: Iterable[str], is_new: bytearray) -> None:
     """Logs what became of each event: two records of many lines, because a record costs 6 µs."""
     if log.isEnabledFor(logging.WARNING):
-        lines = [
-            f" event: topic={topic}, event_id={event_id}"
-            for publication in publications
-            for topic, event_id in zip(publication.topics, publication.event_ids)
-        ]
+        names = zip(topics, event_ids)
+        lines = [f" event: topic={topic}, event_id={event_id}" for topic, event_id in names]
         if new := "\nProcessed new".join(compress(lines, is_new)):
             log.info("Processed new%s", new)
         if duplicates := "\nDropped duplicate".join(compress(lines, map(not_, is_new))):
@@ -655,19 +694,18 @@ class Histogram:
     """How often a value was in which range, for GET /metrics."""
 
     def __init__(self, *bounds: float) -> None:
-        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
+        self._buckets, self._sum = dict.fromkeys([*map(str, bounds), "+Inf"], 0), 0.0
 
     def observe(self, value: float) -> None:
-        """Counts a value under the first bound that is not below it."""
-        self._counts[bisect_left(self._bounds, value)] += 1
+        """Counts a value under each bound that is not below it, as Prometheus has it."""
         self._sum += value
+        for bound in self._buckets:
+            self._buckets[bound] += value <= float(bound)
 
     def values(self) -> dict[str, float]:
-        """As Prometheus has it: a bucket counts what the ones below it count, too."""
-        counts = list(accumulate(self._counts))
-        bounds = [*map(str, self._bounds), "+Inf"]
-        buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in zip(bounds, counts)}
-        return {**buckets, "_sum": self._sum, "_count": counts[-1]}
+        """The samples, by what follows the metric's name."""
+        buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in self._buckets.items()}
+        return {**buckets, "_sum": self._sum, "_count": self._buckets["+Inf"]}
 
 
 # --- HTTP ------------------------------------------------------------------------------------
@@ -675,10 +713,38 @@ class Histogram:
 # not by aiohttp's request.read(): to refuse them before they take memory, and because aiohttp
 # takes a truncated gzip for whole.
 
-WINDOW_BITS = {"": 0, "identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
+WINDOW_BITS = {"identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
 MAX_INTEGER = 2**63 - 1  # SQLite's
 DASHBOARD = Path(__file__).with_name("dashboard.html")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Receipt(web.StreamResponse):
+    """A 202, head and body in one piece: web.Response would make a request a sixth dearer."""
+
+    keep_alive = True
+
+    def __init__(self, text: str) -> None:
+        super().__init__(status=202)
+        self._text = text
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Sends all of it."""
+        self.keep_alive = request.keep_alive
+        head = "HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+        head += "Connection: %s\r\nDate: %s\r\n\r\n%s"
+        connection = "keep-alive" if request.keep_alive else "close"
+        parts = len(self._text), connection, http_date(int(time.time())), self._text
+        await request.writer.write((head % parts).encode())
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to be sent."""
+
+
+@lru_cache(1)
+def http_date(second: int) -> str:
+    """The time as HTTP wants it."""
+    return formatdate(second, usegmt=True)
 
 
 class Api:
@@ -687,7 +753,6 @@ class Api:
     def __init__(self, settings: Settings, store: Store, commits: GroupCommit) -> None:
         self._settings, self._store, self._commits = settings, store, commits
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self._large = asyncio.Lock()
         self._refusals: Counter[int] = Counter()  # by status, for GET /metrics
         self._pages: dict[Any, asyncio.Future[Page]] = {}  # that live feeds are reading now
         self._subscribers = self._idle = 0  # live feeds, and those that wait for news
@@ -726,33 +791,31 @@ class Api:
             if request.path != "/" or request.method not in ("GET", "HEAD"):
                 raise Refused(401, "Missing or wrong API token", {"WWW-Authenticate": "Bearer"})
 
-    async def publish(self, request: web.Request) -> web.Response:
+    async def publish(self, request: web.Request) -> web.StreamResponse:
         """POST /publish: answers when the events of the request are on disk."""
         commits, headers, most = self._commits, request.headers, self._settings.max_body_bytes
         media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if media_type not in ("application/json", ""):
             raise Refused(415, "The Content-Type of events is application/json")
-        encoding = headers.get("Content-Encoding", "").strip().lower()
-        if encoding not in WINDOW_BITS:
+        bits = WINDOW_BITS.get(headers.get("Content-Encoding", "identity").strip().lower())
+        if bits is None:
             accept = {"Accept-Encoding": "gzip, deflate"}
             raise Refused(415, "A body is compressed by gzip or deflate", accept)
         length = request.content_length
-        size = most if length is None or WINDOW_BITS[encoding] else length
+        size = most if length is None or bits else length
         if max(size, length or 0) > most:
             raise too_large(most)
         commits.admit(size)
         try:
-            body = await self._read_body(request.content)
-            if WINDOW_BITS[encoding]:
-                body = decompress(body, WINDOW_BITS[encoding], most)
+            content = request.content  # at its end: it came together with the headers
+            body = content.read_nowait() if content.is_eof() else await self._read_body(content)
+            if bits:
+                body = decompress(body, bits, most)
             if len(body) > most:
                 raise too_large(most)
             commits.in_flight_bytes += len(body) - size
             size = len(body)
-            async with self._large if size > LARGE_BYTES else contextlib.nullcontext():
-                publication = parse(body)
-                del body  # what waits for the disk is only what is to be stored
-                received, unique = len(publication.topics), await commits.submit(publication)
+            received, unique = await commits.submit(body)
         finally:
             commits.in_flight_bytes -= size
         text = (
@@ -760,22 +823,29 @@ class Api:
             f'"duplicate_dropped": {received - unique}, '
             f'"message": "Received {received} event(s) for processing"}}'
         )
-        return web.Response(status=202, body=text.encode(), content_type="application/json")
+        return Receipt(text)
 
     async def _read_body(self, content: StreamReader) -> bytes:
-        """The body as it was sent; raises Refused (400, 408, 413, 503)."""
+        """The body as it is sent; raises Refused (400, 408, 413, 503)."""
+        body, arriving = bytearray(), self._commits.arriving
+        deadline = asyncio.timeout(BODY_SECONDS)
+        arriving[deadline] = asyncio.get_running_loop().time()
         try:
-            if content.is_eof():  # it came together with the headers: no deadline, no waiting
-                return content.read_nowait()
-            body = bytearray()
-            async with self._commits.arriving():
+            async with deadline:
                 while chunk := await content.readany():
                     body += chunk
                     if len(body) > self._settings.max_body_bytes:
                         raise too_large(self._settings.max_body_bytes)
             return bytes(body)
+        except TimeoutError:
+            if deadline.when():
+                why = f"The body did not arrive within {BODY_SECONDS:.0f} s"
+                raise Refused(408, why) from None
+            raise unavailable("The service is stopping, or too busy for a slow body") from None
         except (web.RequestPayloadError, ConnectionError):
             raise Refused(400, "The body breaks off") from None
+        finally:
+            del arriving[deadline]
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """GET /events: a snapshot as JSON or NDJSON, page by page; or a live feed.
@@ -785,12 +855,12 @@ class Api:
         being reclaimed.
         """
         topic, accept = request.query.get("topic") or None, request.headers.get("Accept", "")
-        form = next((form for form in FORMS if form in accept), "application/json")
+        form = next((form for form in FORMS if form in accept), ARRAY)
         upto = await self._read(self._store.last_seq)
         from_now = request.query.get("after") == "latest"
         after = upto if from_now else integer(request.query, "after", 0, 0)
         rest = integer(request.query, "limit", 1, MAX_INTEGER)
-        is_feed, is_json = form == "text/event-stream", form == "application/json"
+        is_feed, is_json = form == FEED, form == ARRAY
         if is_feed:
             after = integer(request.headers, "Last-Event-ID", 0, after)
         headers = {"Content-Type": form, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -855,7 +925,7 @@ class Api:
         """
         key = news, topic, after, limit
         if key not in self._pages:
-            form, page = "text/event-stream", self._store.page
+            form, page = FEED, self._store.page
             query = self._read(page, form, topic, after, MAX_INTEGER, limit)
             self._pages[key] = asyncio.ensure_future(query)
             self._pages[key].add_done_callback(lambda _: self._pages.pop(key))
@@ -902,7 +972,7 @@ class Api:
             ("events_processed_total", "counter", "The same, by outcome.", outcomes),
             ("requests_refused_total", "counter", "Requests refused, by status.", refusals),
             ("in_flight_bytes", "gauge", "Request bodies held.", {"": commits.in_flight_bytes}),
-            ("requests_queued", "gauge", "Requests in no group yet.", {"": commits.queue.qsize()}),
+            ("requests_queued", "gauge", "Requests in no group yet.", {"": commits.queued()}),
             ("group_commit_seconds", "histogram", "Time they took.", commits.seconds.values()),
             ("group_commit_events", "histogram", "Events in each.", commits.events.values()),
             ("live_subscribers", "gauge", "Live feeds.", {"": self._subscribers}),
@@ -952,10 +1022,10 @@ def integer(source: Mapping[str, str], name: str, least: int, default: int) -> i
         value = int(source.get(name, default))
     except ValueError:
         why = "Input should be a valid integer, unable to parse string as an integer"
-        raise invalid("int_parsing", loc, why) from None
+        raise invalid(loc, "int_parsing", why) from None
     if value < least:
         why = f"Input should be greater than or equal to {least}"
-        raise invalid("greater_than_equal", loc, why, {"ge": least})
+        raise invalid(loc, "greater_than_equal", why, {"ge": least})
     return min(value, MAX_INTEGER)
 
 
@@ -972,7 +1042,6 @@ def create_app(settings: Settings) -> web.Application:
     handler_args = {
         "auto_decompress": False,
         "keepalive_timeout": KEEPALIVE_SECONDS,
-        "lingering_time": LINGER_SECONDS,
     }
     app = web.Application(middlewares=[api.answer_errors], handler_args=handler_args)
     app.router.add_post("/publish", api.publish, expect_handler=go_on)
@@ -982,10 +1051,9 @@ def create_app(settings: Settings) -> web.Application:
     app.router.add_get("/", api.health)
 
     async def run(app: web.Application) -> AsyncIterator[None]:
-        commits.start()
-        yield
-        await commits.close()  # in the reverse order: what was opened first is closed last
-        api.reader.shutdown()
+        async with commits.running():
+            yield
+        api.reader.shutdown()  # in the reverse order: what was opened first is closed last
         store.close()
 
     async def stop(app: web.Application) -> None:
@@ -1013,7 +1081,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     """A flag wins over its variable, and that over the default; exits with 2 on nonsense."""
     description = __doc__.partition("\n")[0]
     parser = Parser(prog="aggregator.py", description=description, allow_abbrev=False)
-    for field in dataclasses.fields(Settings):
+    for field in fields(Settings):
         variable = "DB_PATH" if field.name == "db" else field.name.upper()
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
@@ -1051,7 +1119,7 @@ def set_up(log_level: str) -> None:
     # aiohttp logs a traceback for what is not HTTP: the client's mistake, and answered with 400.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     with contextlib.suppress(AttributeError, OSError):  # glibc: give large blocks back when freed
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, MIB)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)

@@ -45,7 +45,7 @@ import pytest_asyncio
 from aiohttp import web
 
 import aggregator
-from aggregator import Refused, Settings, Store, create_app, explain, parse, take
+from aggregator import Refused, Settings, Store, create_app, explain, make_batch, take
 
 pytestmark = [
     pytest.mark.asyncio,  # here, because no configuration file says asyncio_mode
@@ -113,9 +113,9 @@ def same_json(one: Any, other: Any) -> bool:
 
 
 def faults_of(body: bytes) -> list[dict[str, Any]]:
-    """What `parse` finds wrong with a body; [] if it takes it."""
+    """What is found wrong with a body; [] if it is taken."""
     try:
-        parse(body)
+        make_batch([(body, ANY)])
     except Refused as refusal:
         assert refusal.status == 422
         return refusal.detail
@@ -458,18 +458,18 @@ class Disk:
     """Store.commit under the test's control: watched, held up, made to fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.groups: list[int] = []  # the requests in each commit that was begun
+        self.groups: list[int] = []  # the events in each commit that was begun
         self.error: Exception | None = None
         self._free = threading.Event()
         self._free.set()
         really_commit = Store.commit
 
-        def commit(store: Store, publications: Sequence[Any]) -> Any:
-            self.groups.append(len(publications))
+        def commit(store: Store, group: Sequence[Any]) -> Any:
+            self.groups.append(sum(len(rows.topics) for rows in group))
             assert self._free.wait(PATIENCE_SECONDS)
             if self.error:
                 raise self.error
-            return really_commit(store, publications)
+            return really_commit(store, group)
 
         monkeypatch.setattr(Store, "commit", commit)
 
@@ -884,7 +884,7 @@ async def test_the_counts_are_of_this_request_also_in_a_shared_commit(
             await until(lambda: queued(service, number + 1))
     answers = [(await answer).counts for answer in waiting]
     assert answers == [(1, 1, 0), (4, 4, 0), (4, 2, 2), (1, 0, 1), (1, 1, 0), (10, 3, 7)]
-    assert disk.groups == [1, 5], "all that waits is committed together"
+    assert disk.groups == [1, 20], "all that waits is committed together"
     assert len(await all_adds_up(service)) == 11
 
 
@@ -1914,21 +1914,21 @@ async def test_a_group_that_fails_for_what_is_in_it_is_committed_one_by_one(
     deep = b'{"a":' * 3000 + b"1" + b"}" * 3000  # SQLite reads 1000 levels, or 2000
     poison = poison.replace(b'"HERE"', deep)
     bodies = [json_of(event(event_id="a")), poison, json_of([event(event_id="b"), event()])]
-    with disk.held():
-        waiting = [asyncio.create_task(service.publish(event(event_id="first")))]
-        await until(lambda: disk.groups)
-        sys.setrecursionlimit(50_000)  # so Python takes what SQLite does not
-        try:
+    sys.setrecursionlimit(50_000)  # so Python takes what SQLite does not
+    try:
+        with disk.held():
+            waiting = [asyncio.create_task(service.publish(event(event_id="first")))]
+            await until(lambda: disk.groups)
             for number, body in enumerate(bodies):
                 waiting.append(asyncio.create_task(service.publish(body)))
                 await until(lambda: queued(service, number + 1))
-        finally:
-            sys.setrecursionlimit(limit)
-    first, good, bad, also_good = await asyncio.gather(*waiting)
+        first, good, bad, also_good = await asyncio.gather(*waiting)
+    finally:
+        sys.setrecursionlimit(limit)
     assert (first.counts, good.counts, also_good.counts) == ((1, 1, 0), (1, 1, 0), (2, 2, 0))
     (fault,) = bad.detail(422)
     assert fault["type"] == "json_invalid"
-    assert disk.groups == [1, 3, 1, 1, 1]
+    assert disk.groups == [1, 4, 1, 1, 2]
     assert [each["event_id"] for each in await all_adds_up(service)] == ["first", "a", "b", "1"]
     assert await service.health() == 200
 
