@@ -5,7 +5,7 @@ says that it arrived (at-least-once delivery). So the same event comes many time
 same moment on two connections, also after a crash. A consumer has to make that harmless: it must
 be idempotent. This is such a consumer, laid out in the order in which an event travels:
 
-    POST /publish - admit - asyncio.Queue - the consumer parses and validates all that waits -.
+    POST /publish - admit - asyncio.Queue - the consumer parses, validates - batches that are ready
       202 - the counts of this request - future - COMMIT, fsync - one transaction, writer thread
     GET /events, /stats - reader thread with a read-only connection - pages, streamed
 
@@ -45,8 +45,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from datetime import date
-from email.utils import formatdate
-from functools import lru_cache
 from itertools import chain, compress
 from operator import itemgetter, not_
 from pathlib import Path
@@ -54,7 +52,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
-from aiohttp import HttpVersion11, StreamReader, web
+from aiohttp import HttpVersion11, StreamReader, helpers, web
 
 log = logging.getLogger("aggregator")
 
@@ -114,7 +112,6 @@ class Refused(Exception):
     """A request that is answered with an error: an HTTP status, a detail, headers."""
 
     def __init__(self, status: int, detail: Any, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(status, detail)
         self.status, self.detail, self.headers = status, detail, headers
 
 
@@ -126,35 +123,57 @@ class Rows(NamedTuple):
     event_ids: list[str]
 
 
+def refuse_constant(name: str) -> NoReturn:
+    """What json calls for three words that it knows and JSON does not."""
+    raise ValueError("NaN and Infinity are not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+ENCODER = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
+)
+FIELDS = ("topic", "event_id", "timestamp", "source", "payload")
+FIELDS_OF = itemgetter(*FIELDS)
+# Controls could forge a line of the log, and so could the two separators that Unicode adds.
+NAME = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,%d}" % MAX_NAME_CHARACTERS)
+# datetime.fromisoformat alone also takes week dates, dates without a time, and a trailing NUL.
+TIMESTAMP = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ]"
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]+)?)?"
+    r"(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
+)
+
+
 def parse(body: bytes) -> tuple[list[Any], list[Any]]:
     """The events of a body, not yet validated, and their loc: [] if the body itself is the event.
 
-    Raises Refused (422); ValueError and RecursionError for what is no JSON.
+    Raises Refused (422), or ValueError or RecursionError for what is no JSON.
     """
     if not body:
-        raise invalid(["body"], "missing", "Field required")
-    document, loc = DECODER.decode(body.decode()), ["body"]
-    if type(document) is dict and "events" in document and "event_id" not in document:
-        document, loc = document["events"], ["body", "events"]
-    elif type(document) is not list:
-        return [document], []
-    if type(document) is not list:
-        raise invalid(loc, "list_type", "Input should be a valid list")
-    if not document:
-        ctx = {"field_type": "List", "min_length": 1, "actual_length": 0}
+        raise Refused(422, [entry(["body"], "missing", "Field required")])
+    events, loc = DECODER.decode(body.decode()), ["body"]
+    if type(events) is dict and "events" in events and "event_id" not in events:
+        events, loc = events["events"], ["body", "events"]
+    elif type(events) is not list:
+        return [events], []
+    if type(events) is not list:
+        raise Refused(422, [entry(loc, "list_type", "Input should be a valid list")])
+    if not events:
         why = "List should have at least 1 item after validation, not 0"
-        raise invalid(loc, "too_short", why, ctx)
-    return document, loc
+        ctx = {"field_type": "List", "min_length": 1, "actual_length": 0}
+        raise Refused(422, [entry(loc, "too_short", why, ctx)])
+    return events, loc
 
 
 def take(events: list[Any]) -> Rows | None:
     """The straight path: the events as Rows, or None if anything is wrong with any."""
-    rows = []
+    rows, is_name = [], NAME.fullmatch
     try:
         for topic, event_id, timestamp, source, payload in map(FIELDS_OF, events):
             topic, event_id, source = topic.strip(), event_id.strip(), source.strip()
-            is_good = is_name(topic) and is_name(event_id) and is_name(source)
-            if not (is_good and TIMESTAMP.fullmatch(timestamp) and type(payload) is dict):
+            if not (is_name(topic) and is_name(event_id) and is_name(source)):
+                return None
+            if not (TIMESTAMP.fullmatch(timestamp) and type(payload) is dict):
                 return None
             date.fromisoformat(timestamp[:10])
             rows.append((topic, event_id, timestamp, source, payload))
@@ -166,33 +185,27 @@ def take(events: list[Any]) -> Rows | None:
     return Rows(text, [row[0] for row in rows], [row[1] for row in rows])
 
 
-def is_name(text: str) -> bool:
-    """Whether a stripped topic, event_id or source is good; what is printable has no controls."""
-    has_no_controls = text.isprintable() or not CONTROLS.search(text)
-    return 0 < len(text) <= MAX_NAME_CHARACTERS and has_no_controls
-
-
 def explain(events: list[Any], loc: list[Any]) -> list[dict[str, Any]]:
     """All that is wrong with the events, in their order, at most MAX_ERRORS."""
     errors: list[dict[str, Any]] = []
     for index, event in enumerate(events):
         here = [*loc, index] if loc else ["body"]
-        if type(event) is not dict:
+        if type(event) is dict:
+            broken = {field: broken_rule(event, field) for field in FIELDS}
+            errors += [entry([*here, field], *rule) for field, rule in broken.items() if rule]
+        else:
             why = "Input should be a valid dictionary or object to extract fields from"
             errors.append(entry(here, "model_attributes_type", why))
-        else:
-            for field in FIELDS:
-                if field not in event:
-                    errors.append(entry([*here, field], "missing", "Field required"))
-                elif broken := broken_rule(field, event[field]):
-                    errors.append(entry([*here, field], *broken))
         if len(errors) >= MAX_ERRORS:
             break
     return errors[:MAX_ERRORS]
 
 
-def broken_rule(field: str, value: Any) -> tuple[Any, ...] | None:
-    """The first rule that the value of a field breaks: type, msg and perhaps ctx of its entry."""
+def broken_rule(event: dict[str, Any], field: str) -> tuple[Any, ...] | None:
+    """The first rule that a field of an event breaks: type, msg and perhaps ctx of its entry."""
+    if field not in event:
+        return "missing", "Field required"
+    value = event[field]
     if field == "payload":
         if type(value) is not dict:
             return "dict_type", "Input should be a valid dictionary"
@@ -204,16 +217,17 @@ def broken_rule(field: str, value: Any) -> tuple[Any, ...] | None:
         with contextlib.suppress(ValueError):
             if TIMESTAMP.fullmatch(value):
                 why = "there is no such day"
-                return date.fromisoformat(value[:10]) and None
+                date.fromisoformat(value[:10])
+                return None
         return "datetime_parsing", f"Input should be a valid datetime, {why}"
     elif not value:
         return "string_too_short", "String should have at least 1 character", {"min_length": 1}
-    elif not (name := value.strip()):
+    elif not value.strip():
         return "value_error", "Value error, Field cannot be empty or whitespace only"
-    elif len(name) > MAX_NAME_CHARACTERS:
+    elif len(value.strip()) > MAX_NAME_CHARACTERS:
         ctx = {"max_length": MAX_NAME_CHARACTERS}
         return "string_too_long", "String should have at most 512 characters", ctx
-    elif CONTROLS.search(name):
+    elif not NAME.fullmatch(value.strip()):
         why = "Field cannot contain control characters or line separators"
         return "value_error", f"Value error, {why}"
     try:
@@ -231,38 +245,12 @@ def entry(loc: list[Any], kind: str, msg: str, ctx: Any = None) -> dict[str, Any
     return {"type": kind, "loc": loc, "msg": msg, **({"ctx": ctx} if ctx else {})}
 
 
-def invalid(*error: Any) -> Refused:
-    """The answer to a request with one error."""
-    return Refused(422, [entry(*error)])
-
-
 def not_json(error: Exception) -> Refused:
     """The answer to a body that is no JSON, for what Python says of it."""
     position = getattr(error, "pos", getattr(error, "start", None))
     why = getattr(error, "msg", getattr(error, "reason", str(error).partition(":")[0]))
     loc = ["body"] if position is None else ["body", position]
-    return invalid(loc, "json_invalid", "JSON decode error", {"error": why})
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """What json calls for three words that it knows and JSON does not."""
-    raise ValueError("NaN and Infinity are not JSON")
-
-
-FIELDS = ("topic", "event_id", "timestamp", "source", "payload")
-FIELDS_OF = itemgetter(*FIELDS)
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-ENCODER = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
-)
-# Controls could forge a line of the log, and so could the two separators that Unicode adds.
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-# datetime.fromisoformat alone also takes week dates, dates without a time, and a trailing NUL.
-TIMESTAMP = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ]"
-    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]+)?)?"
-    r"(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
-)
+    return Refused(422, [entry(loc, "json_invalid", "JSON decode error", {"error": why})])
 
 
 # --- Store -----------------------------------------------------------------------------------
@@ -380,7 +368,6 @@ class Store:
 
     def __init__(self, path: str) -> None:
         """Opens the file, or makes it; raises StartError."""
-        self._path = path
         try:
             if sqlite3.sqlite_version_info < (3, 38):
                 raise StartError(f"SQLite {sqlite3.sqlite_version} is older than 3.38")
@@ -436,11 +423,6 @@ class Store:
         received, stored, topics = self._reader.execute(TOTALS).fetchone()
         return int(received), int(stored), json.loads(topics)
 
-    def size(self) -> int:
-        """Bytes on disk, the log included."""
-        files = Path(self._path), Path(self._path + "-wal")
-        return sum(file.stat().st_size for file in files if file.exists())
-
     def close(self) -> None:
         """Closes the file; the last connection to go moves the log into it and removes the log."""
         self._reader.close()
@@ -457,14 +439,16 @@ def connect(path: str) -> sqlite3.Connection:
 # --- Group commit ----------------------------------------------------------------------------
 # Admission, queue, consumer, writer, futures. An fsync takes a disk a third of a millisecond to
 # ten; one for each request would be the end of all speed. So the writer commits together all that
-# is ready, and while it does, the consumer makes the next batches ready: groups grow with the load
-# by themselves. No timer, and a lone request waits for nobody. PostgreSQL, MySQL and Kafka's
-# brokers do the same.
+# is ready, and meanwhile the consumer makes the next batches ready: groups grow with the load by
+# themselves. No timer, and a lone request waits for nobody. PostgreSQL, MySQL and Kafka's brokers
+# do the same.
 #
-# The consumer parses some bodies in a row, and encodes their events in one call: that is a third
-# cheaper than each in its own handler. The writer's thread runs on from group to group: to go
-# through the event loop in between would keep the disk waiting for a millisecond.
+# The consumer parses some bodies in a row and encodes their events in one call, which costs less
+# than each in its own handler: code and data are still in the processor's caches. The writer keeps
+# its thread: by way of the event loop, from one group to the next took a third of a millisecond.
 
+# What a commit fails with for what is in it, and not because a disk is full, locked or broken.
+ERRORS_OF_EVENTS = sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT
 Request = tuple[bytes, "asyncio.Future[tuple[int, int]]"]  # a body; the future: received, new
 
 
@@ -486,9 +470,28 @@ def make_batch(requests: list[Request]) -> Batch:
             counts.append(len(found))
         if rows := take(events):
             return Batch(requests, counts, rows)
-        raise Refused(422, explain(events, loc))
+        refusal = Refused(422, explain(events, loc))
     except (ValueError, RecursionError) as error:
-        raise not_json(error) from None
+        refusal = not_json(error)
+    raise refusal
+
+
+class Histogram:
+    """How often a value was in which range, for GET /metrics."""
+
+    def __init__(self, *bounds: float) -> None:
+        self._buckets, self._sum = dict.fromkeys([*map(str, bounds), "+Inf"], 0), 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts a value under each bound that is not below it, as Prometheus has it."""
+        self._sum += value
+        for bound in self._buckets:
+            self._buckets[bound] += value <= float(bound)
+
+    def values(self) -> dict[str, float]:
+        """The samples, by what follows the metric's name."""
+        buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in self._buckets.items()}
+        return {**buckets, "_sum": self._sum, "_count": self._buckets["+Inf"]}
 
 
 class GroupCommit:
@@ -496,6 +499,7 @@ class GroupCommit:
 
     def __init__(self, store: Store, max_in_flight_bytes: int) -> None:
         self.in_flight_bytes = 0
+        self.waiting = 0  # requests, for their commit
         self.stopping = False
         self.failure: str | None = None  # why the last commit failed, None if it did not
         self.arriving: dict[asyncio.Timeout, float] = {}  # bodies: since when, the oldest first
@@ -504,7 +508,6 @@ class GroupCommit:
         self._store, self._max_in_flight_bytes = store, max_in_flight_bytes
         self._queue: asyncio.Queue[Request] = asyncio.Queue()
         self._ready: SimpleQueue[Batch | None] = SimpleQueue()
-        self._passed_on = self._taken = 0  # requests: by the consumer, by the writer
         # What a live feed waits for, by topic (None: any). Weak: gone with the last who waits.
         self._news: Any = WeakValueDictionary()
 
@@ -546,11 +549,8 @@ class GroupCommit:
         """
         future = self._loop.create_future()
         self._queue.put_nowait((body, future))
+        self.waiting += 1
         return future
-
-    def queued(self) -> int:
-        """How many requests are in no group yet."""
-        return self._queue.qsize() + self._passed_on - self._taken
 
     async def _consume(self) -> None:
         """The consumer: makes batches of what waits in the queue, for ever."""
@@ -568,16 +568,13 @@ class GroupCommit:
     def _pass_on(self, requests: list[Request]) -> None:
         """To the writer, as one batch; if anything is wrong with it, each request by itself."""
         try:
-            batch = make_batch(requests)
+            self._ready.put(make_batch(requests))
         except Exception as why:
             if len(requests) > 1:
                 for request in requests:
                     self._pass_on([request])
-            else:
-                self._resolve(requests[0], why)
-        else:
-            self._passed_on += len(requests)
-            self._ready.put(batch)
+            else:  # the frames of a traceback would keep the body in memory
+                self._resolve(requests[0], why.with_traceback(None))
 
     def _write(self) -> None:
         """The writer, a thread: commits all that is ready, until it is told to end."""
@@ -586,7 +583,6 @@ class GroupCommit:
             while size < MAX_GROUP_BYTES and not self._ready.empty():
                 group.append(self._ready.get())
                 size += len(group[-1].rows.text)
-            self._taken += sum([len(batch.requests) for batch in group])
             self._commit(group)
 
     def _commit(self, group: list[Batch]) -> None:
@@ -597,9 +593,10 @@ class GroupCommit:
                 raise sqlite3.OperationalError(self.failure)
             outcome: Any = self._store.commit([batch.rows for batch in group])
         except Exception as why:
-            outcome = why
+            outcome = why.with_traceback(None)
         requests = [request for batch in group for request in batch.requests]
-        if is_about_the_events(outcome) and len(requests) > 1:
+        code = getattr(outcome, "sqlite_errorcode", 0) & 0xFF
+        if code in ERRORS_OF_EVENTS and len(requests) > 1:
             for request in requests:  # one by one, so that only the culprit is refused
                 try:
                     self._commit([make_batch([request])])
@@ -607,13 +604,15 @@ class GroupCommit:
                     self._loop.call_soon_threadsafe(self._resolve, request, why)
         else:
             seconds = time.perf_counter() - started
-            self._loop.call_soon_threadsafe(self._answer, group, outcome, seconds)
+            self._loop.call_soon_threadsafe(self._answer, group, requests, outcome, seconds)
 
-    def _answer(self, group: list[Batch], outcome: Any, seconds: float) -> None:
-        """Resolves the futures of a group with what came of its commit."""
-        requests = [request for batch in group for request in batch.requests]
+    def _answer(
+        self, group: list[Batch], requests: list[Request], outcome: Any, seconds: float
+    ) -> None:
+        """On the event loop: tells each request of a group what became of it, and the feeds."""
         if isinstance(outcome, Exception):
-            self._fail(requests, outcome)
+            for request in requests:
+                self._resolve(request, self._refusal(outcome))
             return
         self.seconds.observe(seconds)
         self.events.observe(len(outcome))
@@ -629,24 +628,23 @@ class GroupCommit:
             self._tell([None, *compress(topics, outcome)])
         log_events(topics, chain.from_iterable([batch.rows.event_ids for batch in group]), outcome)
 
-    def _fail(self, requests: list[Request], why: Exception) -> None:
+    def _refusal(self, why: Exception) -> Refused:
         if str(why) == "malformed JSON":  # SQLite's parser gives up earlier than Python's may
-            for request in requests:
-                self._resolve(request, not_json(ValueError("nested too deeply")))
-            return
+            return not_json(ValueError("nested too deeply"))
         # SQLite's messages name no paths. Those of other errors might, and stay in the log.
         reason = str(why) if isinstance(why, sqlite3.Error) else type(why).__name__
         if reason != self.failure:  # once, and not for each request
             log.error("Commits fail: %s", why, exc_info=not isinstance(why, sqlite3.Error))
         self.failure = reason
-        for request in requests:
-            self._resolve(request, unavailable(f"The database cannot be written: {reason}"))
+        return unavailable(f"The database cannot be written: {reason}")
 
     def _resolve(self, request: Request, result: Any) -> None:
+        self.waiting -= 1
         self._queue.task_done()
-        if not request[1].done():  # done: nobody waits; its events are stored all the same
+        future = request[1]
+        if not future.done():  # done: nobody waits; its events are stored all the same
             is_error = isinstance(result, Exception)
-            (request[1].set_exception if is_error else request[1].set_result)(result)
+            future.set_exception(result) if is_error else future.set_result(result)
 
     def news(self, topic: str | None) -> asyncio.Future[None]:
         """Resolved when the next new event of the topic (None: of any) is on disk."""
@@ -672,13 +670,6 @@ def unavailable(detail: str) -> Refused:
     return Refused(503, detail, {"Retry-After": "1"})
 
 
-def is_about_the_events(outcome: Any) -> bool:
-    """Whether a commit failed for what is in it, and not for a disk that is full or broken."""
-    code = getattr(outcome, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    theirs = sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT
-    return isinstance(outcome, Exception) and code in theirs
-
-
 def log_events(topics: Iterable[str], event_ids: Iterable[str], is_new: bytearray) -> None:
     """Logs what became of each event: two records of many lines, because a record costs 6 µs."""
     if log.isEnabledFor(logging.WARNING):
@@ -690,24 +681,6 @@ def log_events(topics: Iterable[str], event_ids: Iterable[str], is_new: bytearra
             log.warning("Dropped duplicate%s", duplicates)
 
 
-class Histogram:
-    """How often a value was in which range, for GET /metrics."""
-
-    def __init__(self, *bounds: float) -> None:
-        self._buckets, self._sum = dict.fromkeys([*map(str, bounds), "+Inf"], 0), 0.0
-
-    def observe(self, value: float) -> None:
-        """Counts a value under each bound that is not below it, as Prometheus has it."""
-        self._sum += value
-        for bound in self._buckets:
-            self._buckets[bound] += value <= float(bound)
-
-    def values(self) -> dict[str, float]:
-        """The samples, by what follows the metric's name."""
-        buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in self._buckets.items()}
-        return {**buckets, "_sum": self._sum, "_count": self._buckets["+Inf"]}
-
-
 # --- HTTP ------------------------------------------------------------------------------------
 # The handlers, and one middleware that turns every error into its answer. Bodies are read here and
 # not by aiohttp's request.read(): to refuse them before they take memory, and because aiohttp
@@ -716,35 +689,29 @@ class Histogram:
 WINDOW_BITS = {"identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
 MAX_INTEGER = 2**63 - 1  # SQLite's
 DASHBOARD = Path(__file__).with_name("dashboard.html")
+RECEIPT = (
+    "HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    "Connection: %s\r\nDate: %s\r\n\r\n%s"
+)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Receipt(web.StreamResponse):
-    """A 202, head and body in one piece: web.Response would make a request a sixth dearer."""
+    """A 202, head and body in one piece: web.Response would make a post a sixth dearer."""
 
-    keep_alive = True
-
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, keep_alive: bool) -> None:
         super().__init__(status=202)
-        self._text = text
+        self._text, self._keep_alive = text, keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Sends all of it."""
-        self.keep_alive = request.keep_alive
-        head = "HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-        head += "Connection: %s\r\nDate: %s\r\n\r\n%s"
-        connection = "keep-alive" if request.keep_alive else "close"
-        parts = len(self._text), connection, http_date(int(time.time())), self._text
-        await request.writer.write((head % parts).encode())
+        connection = "keep-alive" if self._keep_alive else "close"
+        now = helpers.rfc822_formatted_time()
+        message = RECEIPT % (len(self._text), connection, now, self._text)
+        await request.writer.write(message.encode())
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Nothing is left to be sent."""
-
-
-@lru_cache(1)
-def http_date(second: int) -> str:
-    """The time as HTTP wants it."""
-    return formatdate(second, usegmt=True)
 
 
 class Api:
@@ -769,7 +736,7 @@ class Api:
             status, detail, headers = why.status, why.detail, why.headers
         except web.HTTPException as why:  # 404 and 405
             allow = why.headers.get("Allow")
-            status, detail, headers = why.status, why.reason, {"Allow": allow} if allow else {}
+            status, detail, headers = why.status, why.reason, {"Allow": allow} if allow else None
         except sqlite3.Error as why:
             log.error("The database cannot be read: %s", why)
             status, detail, headers = 503, "The database cannot be read", {"Retry-After": "1"}
@@ -777,7 +744,7 @@ class Api:
             raise
         except Exception:
             log.exception("A fault of this program")
-            status, detail, headers = 500, "Internal Server Error", {}
+            status, detail, headers = 500, "Internal Server Error", None
         if request.writer.output_size:  # the answer has begun: break it off rather than mend it
             raise ConnectionError
         self._refusals[status] += 1
@@ -787,9 +754,9 @@ class Api:
         """Raises Refused (401); the time that the comparison takes tells nothing of the token."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given, right = token.strip().encode(errors="surrogateescape"), self._settings.api_token
-        if not (hmac.compare_digest(given, right.encode()) and scheme.lower() == "bearer"):
-            if request.path != "/" or request.method not in ("GET", "HEAD"):
-                raise Refused(401, "Missing or wrong API token", {"WWW-Authenticate": "Bearer"})
+        is_right = hmac.compare_digest(given, right.encode()) and scheme.lower() == "bearer"
+        if not is_right and (request.path != "/" or request.method not in ("GET", "HEAD")):
+            raise Refused(401, "Missing or wrong API token", {"WWW-Authenticate": "Bearer"})
 
     async def publish(self, request: web.Request) -> web.StreamResponse:
         """POST /publish: answers when the events of the request are on disk."""
@@ -804,7 +771,7 @@ class Api:
         length = request.content_length
         size = most if length is None or bits else length
         if max(size, length or 0) > most:
-            raise too_large(most)
+            raise Refused(413, f"The body is larger than {most} bytes")
         commits.admit(size)
         try:
             content = request.content  # at its end: it came together with the headers
@@ -812,21 +779,18 @@ class Api:
             if bits:
                 body = decompress(body, bits, most)
             if len(body) > most:
-                raise too_large(most)
+                raise Refused(413, f"The body is larger than {most} bytes")
             commits.in_flight_bytes += len(body) - size
             size = len(body)
             received, unique = await commits.submit(body)
         finally:
             commits.in_flight_bytes -= size
-        text = (
-            f'{{"received": {received}, "unique_processed": {unique}, '
-            f'"duplicate_dropped": {received - unique}, '
-            f'"message": "Received {received} event(s) for processing"}}'
-        )
-        return Receipt(text)
+        text = f'{{"received": {received}, "unique_processed": {unique}, "duplicate_dropped": '
+        text += f'{received - unique}, "message": "Received {received} event(s) for processing"}}'
+        return Receipt(text, request.keep_alive)
 
     async def _read_body(self, content: StreamReader) -> bytes:
-        """The body as it is sent; raises Refused (400, 408, 413, 503)."""
+        """The body, or the beginning of one too large; raises Refused (400, 408, 503)."""
         body, arriving = bytearray(), self._commits.arriving
         deadline = asyncio.timeout(BODY_SECONDS)
         arriving[deadline] = asyncio.get_running_loop().time()
@@ -835,13 +799,12 @@ class Api:
                 while chunk := await content.readany():
                     body += chunk
                     if len(body) > self._settings.max_body_bytes:
-                        raise too_large(self._settings.max_body_bytes)
+                        break
             return bytes(body)
         except TimeoutError:
-            if deadline.when():
-                why = f"The body did not arrive within {BODY_SECONDS:.0f} s"
-                raise Refused(408, why) from None
-            raise unavailable("The service is stopping, or too busy for a slow body") from None
+            if not deadline.when():  # it was hurried
+                raise unavailable("The service is stopping, or too busy for a slow body") from None
+            raise Refused(408, f"The body did not arrive within {BODY_SECONDS:.0f} s") from None
         except (web.RequestPayloadError, ConnectionError):
             raise Refused(400, "The body breaks off") from None
         finally:
@@ -892,15 +855,24 @@ class Api:
 
         A subscriber is a place in the sequence and nothing else: there is no buffer that could
         overflow. It reads the next page when its connection has taken the last one, so a slow
-        one falls behind and catches up from the database, at the cost of a page.
+        one falls behind and catches up from the database, at the cost of a page. Subscribers at
+        the same place share a query if they wait for the same news: one from before it may not
+        have seen it.
         """
+        pages = self._pages
         self._subscribers += 1
         try:
             await response.write(b"retry: 1000\n\n")
             while rest and not self._commits.stopping:
                 news = self._commits.news(topic)  # before reading, so that nothing slips between
                 limit = min(rest, PAGE_EVENTS)
-                number, after, text = await self._shared_page(news, topic, after, limit)
+                place = news, after, limit
+                if place not in pages:
+                    query = self._read(self._store.page, FEED, topic, after, MAX_INTEGER, limit)
+                    pages[place] = asyncio.ensure_future(query)
+                    pages[place].add_done_callback(lambda _, place=place: pages.pop(place))
+                # A subscriber that leaves does not cancel the query for the others.
+                number, after, text = await asyncio.shield(pages[place])
                 rest -= number
                 if number:
                     await response.write(text)
@@ -915,21 +887,6 @@ class Api:
                     await response.write(b": nothing new\n\n")
         finally:
             self._subscribers -= 1
-
-    async def _shared_page(
-        self, news: asyncio.Future[None], topic: str | None, after: int, limit: int
-    ) -> Page:
-        """Store.page for a live feed: subscribers at the same place share one query.
-
-        Only those who wait for the same news: a query from before it may not have seen it.
-        """
-        key = news, topic, after, limit
-        if key not in self._pages:
-            form, page = FEED, self._store.page
-            query = self._read(page, form, topic, after, MAX_INTEGER, limit)
-            self._pages[key] = asyncio.ensure_future(query)
-            self._pages[key].add_done_callback(lambda _: self._pages.pop(key))
-        return await asyncio.shield(self._pages[key])  # who leaves does not cancel it for others
 
     async def _read(self, query: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a method of the store in the reader thread."""
@@ -962,29 +919,30 @@ class Api:
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: Prometheus's text format 0.0.4."""
         received, stored, _ = await self._read(self._store.totals)
+        commits, files = self._commits, [Path(self._settings.db), Path(self._settings.db + "-wal")]
+        outcomes = {'{outcome="unique"}': stored, '{outcome="duplicate"}': received - stored}
         refusals = {f'{{status="{code}"}}': n for code, n in sorted(self._refusals.items())}
+        size = sum(file.stat().st_size for file in files if file.exists())
         python, lite = sys.version.split()[0], sqlite3.sqlite_version
         build = f'{{version="{VERSION}",python="{python}",sqlite="{lite}"}}'
-        outcomes = {'{outcome="unique"}': stored, '{outcome="duplicate"}': received - stored}
-        commits = self._commits
-        metrics = [
-            ("events_received_total", "counter", "Events acknowledged.", {"": received}),
+        text = ""
+        for name, kind, what, value in (
+            ("events_received_total", "counter", "Events acknowledged.", received),
             ("events_processed_total", "counter", "The same, by outcome.", outcomes),
             ("requests_refused_total", "counter", "Requests refused, by status.", refusals),
-            ("in_flight_bytes", "gauge", "Request bodies held.", {"": commits.in_flight_bytes}),
-            ("requests_queued", "gauge", "Requests in no group yet.", {"": commits.queued()}),
-            ("group_commit_seconds", "histogram", "Time they took.", commits.seconds.values()),
-            ("group_commit_events", "histogram", "Events in each.", commits.events.values()),
-            ("live_subscribers", "gauge", "Live feeds.", {"": self._subscribers}),
-            ("database_bytes", "gauge", "Size with its log.", {"": self._store.size()}),
-            ("process_start_time_seconds", "gauge", "Unix time.", {"": self._started}),
+            ("in_flight_bytes", "gauge", "Bodies held.", commits.in_flight_bytes),
+            ("requests_queued", "gauge", "Requests before their commit.", commits.waiting),
+            ("group_commit_seconds", "histogram", "Time of a commit.", commits.seconds.values()),
+            ("group_commit_events", "histogram", "Events in a commit.", commits.events.values()),
+            ("live_subscribers", "gauge", "Live feeds.", self._subscribers),
+            ("database_bytes", "gauge", "Size of the database with its log.", size),
+            ("process_start_time_seconds", "gauge", "Start, Unix time.", self._started),
             ("build_info", "gauge", "Versions, as labels.", {build: 1}),
-        ]
-        text = ""
-        for name, kind, what, values in metrics:
+        ):
             name = name if name.startswith("process_") else f"aggregator_{name}"
             text += f"# HELP {name} {what}\n# TYPE {name} {kind}\n"
-            text += "".join(f"{name}{suffix} {value}\n" for suffix, value in values.items())
+            for suffix, number in (value if isinstance(value, dict) else {"": value}).items():
+                text += f"{name}{suffix} {number}\n"
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         return web.Response(text=text, headers=headers)
 
@@ -994,11 +952,6 @@ async def go_on(request: web.Request) -> None:
     if request.version == HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer itself has not begun
-
-
-def too_large(most: int) -> Refused:
-    """The answer to a body that is larger than allowed."""
-    return Refused(413, f"The body is larger than {most} bytes")
 
 
 def decompress(body: bytes, bits: int, most: int) -> bytes:
@@ -1022,10 +975,10 @@ def integer(source: Mapping[str, str], name: str, least: int, default: int) -> i
         value = int(source.get(name, default))
     except ValueError:
         why = "Input should be a valid integer, unable to parse string as an integer"
-        raise invalid(loc, "int_parsing", why) from None
+        raise Refused(422, [entry(loc, "int_parsing", why)]) from None
     if value < least:
         why = f"Input should be greater than or equal to {least}"
-        raise invalid(loc, "greater_than_equal", why, {"ge": least})
+        raise Refused(422, [entry(loc, "greater_than_equal", why, {"ge": least})])
     return min(value, MAX_INTEGER)
 
 
@@ -1069,18 +1022,10 @@ def create_app(settings: Settings) -> web.Application:
 # with a traceback, and a second signal with more patience than whoever sent it has.
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong, and exits with 2."""
-        self.exit(2, f"aggregator: {message}\n")
-
-
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """A flag wins over its variable, and that over the default; exits with 2 on nonsense."""
-    description = __doc__.partition("\n")[0]
-    parser = Parser(prog="aggregator.py", description=description, allow_abbrev=False)
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser("aggregator.py", argparse.SUPPRESS, about, allow_abbrev=False)
     for field in fields(Settings):
         variable = "DB_PATH" if field.name == "db" else field.name.upper()
         parser.add_argument(

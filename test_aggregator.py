@@ -889,8 +889,8 @@ async def test_the_counts_are_of_this_request_also_in_a_shared_commit(
 
 
 async def queued(service: Service, requests: int) -> bool:
-    """Whether so many requests wait behind the commit that is being made."""
-    return await service.metric("aggregator_requests_queued") == requests
+    """Whether so many requests wait behind the one that is being committed."""
+    return await service.metric("aggregator_requests_queued") == 1 + requests
 
 
 async def test_202_is_sent_only_after_the_commit(disk: Disk, service: InProcess) -> None:
