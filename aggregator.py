@@ -609,7 +609,7 @@ class GroupCommit:
     def _answer(
         self, group: list[Batch], requests: list[Request], outcome: Any, seconds: float
     ) -> None:
-        """On the event loop: tells each request of a group what became of it, and the feeds."""
+        """On the event loop: tells each request of a group what became of it."""
         if isinstance(outcome, Exception):
             for request in requests:
                 self._resolve(request, self._refusal(outcome))
@@ -623,10 +623,13 @@ class GroupCommit:
         for request, count in zip(requests, chain.from_iterable([b.counts for b in group])):
             self._resolve(request, (count, outcome.count(1, start, start + count)))
             start += count
+        self._loop.call_soon(self._announce, group, outcome)  # when the answers are out
+
+    def _announce(self, group: list[Batch], is_new: bytearray) -> None:
         topics = list(chain.from_iterable([batch.rows.topics for batch in group]))
-        if self._news and any(outcome):
-            self._tell([None, *compress(topics, outcome)])
-        log_events(topics, chain.from_iterable([batch.rows.event_ids for batch in group]), outcome)
+        if self._news and any(is_new):
+            self._tell([None, *compress(topics, is_new)])
+        log_events(topics, chain.from_iterable([batch.rows.event_ids for batch in group]), is_new)
 
     def _refusal(self, why: Exception) -> Refused:
         if str(why) == "malformed JSON":  # SQLite's parser gives up earlier than Python's may
@@ -696,21 +699,19 @@ RECEIPT = (
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Receipt(web.StreamResponse):
-    """A 202, head and body in one piece: web.Response would make a post a sixth dearer."""
+class Receipt(NamedTuple):
+    """A 202 in one piece, with all that aiohttp asks of a response; its own make a post dearer."""
 
-    def __init__(self, text: str, keep_alive: bool) -> None:
-        super().__init__(status=202)
-        self._text, self._keep_alive = text, keep_alive
+    text: str
+    keep_alive: bool
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Sends all of it."""
-        connection = "keep-alive" if self._keep_alive else "close"
-        now = helpers.rfc822_formatted_time()
-        message = RECEIPT % (len(self._text), connection, now, self._text)
-        await request.writer.write(message.encode())
+        """Sends it; waits if the client does not read."""
+        connection, now = ("close", "keep-alive")[self.keep_alive], helpers.rfc822_formatted_time()
+        message = RECEIPT % (len(self.text), connection, now, self.text)
+        await request.writer.write_eof(message.encode())
 
-    async def write_eof(self, data: bytes = b"") -> None:
+    async def write_eof(self) -> None:
         """Nothing is left to be sent."""
 
 
@@ -758,7 +759,7 @@ class Api:
         if not is_right and (request.path != "/" or request.method not in ("GET", "HEAD")):
             raise Refused(401, "Missing or wrong API token", {"WWW-Authenticate": "Bearer"})
 
-    async def publish(self, request: web.Request) -> web.StreamResponse:
+    async def publish(self, request: web.Request) -> Receipt:
         """POST /publish: answers when the events of the request are on disk."""
         commits, headers, most = self._commits, request.headers, self._settings.max_body_bytes
         media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
