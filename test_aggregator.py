@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
 import functools
+import gc
 import gzip
 import inspect
 import itertools
@@ -945,6 +947,33 @@ async def test_json_or_no_content_type_is_taken(
     assert answer.counts == (1, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("version", "headers", "connection"),
+    [
+        ("1.1", "", "keep-alive"),
+        ("1.1", "Connection: close\r\n", "close"),
+        ("1.0", "", "close"),
+        ("1.0", "Connection: keep-alive\r\n", "keep-alive"),
+    ],
+)
+async def test_a_202_is_a_whole_http_response_and_the_connection_goes_on_if_the_client_wishes(
+    version: str, headers: str, connection: str, service: InProcess
+) -> None:
+    sent = request(json_of(event()), headers=headers)
+    sent = sent.replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+    async with service.connection(sent) as client:
+        answer = await client.answer()
+        assert answer.counts == (1, 1, 0)
+        assert answer.headers["connection"] == connection
+        sent_at = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+        assert abs(sent_at - time.time()) < PATIENCE_SECONDS
+        if connection == "close":
+            assert await client.reader.read() == b""
+        else:
+            await client.send(sent)
+            assert (await client.answer()).counts == (1, 0, 1)
+
+
 async def test_fifty_publishers_of_the_same_ids_store_each_once(service: InProcess) -> None:
     chance = random.Random(50)
 
@@ -1177,6 +1206,33 @@ async def test_at_most_100_errors_are_listed_however_many_there_are(
     detail = (await service.publish([event(), *[bad] * times])).detail(422)
     assert len(detail) == 100
     assert detail[0]["loc"][:2] == ["body", 1]
+
+
+async def test_a_bad_request_harms_none_of_those_that_arrive_with_it(service: InProcess) -> None:
+    bad = [b"{", b"[]", json_of(event(topic="")), json_of(event(payload={"a": math.inf}))]
+    bodies = [json_of(event(event_id=str(n))) if n % 3 else bad[n // 3 % 4] for n in range(24)]
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(service.connection()) for _ in bodies]
+        await asyncio.gather(*(c.send(request(body)) for c, body in zip(clients, bodies)))
+        statuses = [(await client.answer()).status for client in clients]
+    assert statuses == [202 if n % 3 else 422 for n in range(24)]
+    assert {row["event_id"] for row in await all_adds_up(service)} == {
+        str(n) for n in range(24) if n % 3
+    }
+
+
+async def test_a_refused_body_is_let_go_at_once(service: InProcess) -> None:
+    bodies = [b'[{"a": "%b"},' % bytes(1_000_000), json_of([event(topic="x" * 1_000_000)] * 2)]
+    gc.disable()  # so that nothing may wait for it
+    tracemalloc.start()
+    try:
+        for body in bodies * 10:
+            (await service.publish(body)).detail(422)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert held < 5_000_000
 
 
 async def test_a_refusal_does_not_echo_what_was_refused(service: InProcess) -> None:
@@ -2344,6 +2400,27 @@ async def test_what_was_accepted_is_stored_though_the_disk_is_too_slow_to_answer
         assert isinstance(answer.exception(), aiohttp.ClientError)
     await stopping
     assert sorted(row["event_id"] for row in rows(service.db)) == list("0123")
+
+
+async def test_a_disk_that_fails_is_not_tried_again_and_again_while_stopping(
+    disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.error = sqlite3.OperationalError("database is locked")
+    (await service.publish(event())).detail(503)
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(event()))]
+        await until(lambda: len(disk.groups) == 2)
+        waiting += [asyncio.create_task(service.publish(event())) for _ in range(3)]
+        await until(lambda: queued(service, 3))
+        async with service.connection(request(b"[", length=9)) as half:
+            await until(lambda: in_flight(service, 9 + 4 * len(json_of(event()))))
+            stopping = asyncio.create_task(service.stop())
+            (await half.answer()).detail(503)  # so it is stopping
+    for answer in waiting:
+        (await answer).detail(503)
+    await stopping
+    assert len(disk.groups) == 2
+    caplog.clear()
 
 
 async def test_sigterm_under_load_ends_it_cleanly_within_3_seconds(
