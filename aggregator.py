@@ -1,9 +1,8 @@
 """An event aggregator: it keeps each event exactly once and loses none that it acknowledged.
 
-Publishers on an unreliable network can do no better than to send an event again until somebody
-says that it arrived (at-least-once delivery). So the same event comes many times, also at the
-same moment on two connections, also after a crash. A consumer has to make that harmless: it must
-be idempotent. This is such a consumer, laid out in the order in which an event travels:
+Publishers on an unreliable network send an event again until somebody says that it arrived
+(at-least-once delivery). So the same event comes many times, even at once, even after a crash. A
+consumer has to make that harmless: it must be idempotent. This is one, in the order of the flow:
 
     POST /publish - room? - asyncio.Queue - a consumer takes all that waits, parses, validates
       202 - the counts of this request - future - COMMIT, fsync - one transaction, writer's thread
@@ -131,13 +130,13 @@ def validate(bodies: Sequence[bytes]) -> tuple[list[int], Rows]:
 
 def take(events: list[Any]) -> Rows | None:
     """The events as Rows, or None if anything is wrong with any of them."""
-    rows, name, time = [], NAME.fullmatch, TIMESTAMP.fullmatch
+    rows, name, moment = [], NAME.fullmatch, TIMESTAMP.fullmatch
     try:
         for topic, event_id, timestamp, source, payload in map(FIELDS_OF, events):
             topic, event_id, source = topic.strip(), event_id.strip(), source.strip()
             if not (name(topic) and name(event_id) and name(source) and type(payload) is dict):
                 return None
-            date.fromisoformat(time(timestamp)[1])
+            date.fromisoformat(moment(timestamp)[1])
             rows.append((topic, event_id, timestamp, source, payload))
         return ENCODER.encode(rows).encode(), [row[0] for row in rows], [row[1] for row in rows]
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -161,15 +160,13 @@ def explain(events: list[Any], loc: list[Any]) -> Iterator[dict[str, Any]]:
 
 def fault(field: str, value: Any) -> tuple[Any, ...]:
     """What is wrong with a field that `take` does not take: type, msg and perhaps ctx."""
-    if field == "payload":
-        if type(value) is not dict:
-            return "dict_type", "Input should be a valid dictionary"
-        text = json.dumps(value, ensure_ascii=False)
-    elif type(value) is not str:
-        kind = "datetime" if field == "timestamp" else "string"
-        return f"{kind}_type", f"Input should be a valid {kind}"
-    elif field == "timestamp":
+    kind = {"timestamp": "datetime", "payload": "dict"}.get(field, "string")
+    if type(value) is not type(GOOD[field]):
+        return f"{kind}_type", f"Input should be a valid {kind}".replace("dict", "dictionary")
+    if field == "timestamp":
         return "datetime_parsing", "Input should be a valid datetime, such as 2025-10-24T10:30:00Z"
+    if field == "payload":
+        text = json.dumps(value, ensure_ascii=False)
     elif not value:
         return "string_too_short", "String should have at least 1 character", {"min_length": 1}
     elif not (text := value.strip()):
@@ -190,10 +187,9 @@ def entry(loc: list[Any], kind: str, msg: str, ctx: Any = None) -> dict[str, Any
 
 
 # --- Store -----------------------------------------------------------------------------------
-# A group goes in with one statement, as one JSON text. sqlite3 lets go of Python's global lock at
-# every step of a statement, and has to win it back from an event loop that hardly ever waits:
-# `executemany` was measured at 1 ms a row beside a busy loop, this at 13 microseconds (the convoy
-# effect). For the same reason the counters go with it, and each query returns one row.
+# A group goes in with one statement, as one JSON text: sqlite3 lets go of Python's global lock at
+# every step, and has to win it back from a busy event loop. `executemany` was measured at 1 ms a
+# row, this at 13 microseconds (the convoy effect). For the same reason a query returns one row.
 
 SCHEMA = """
     BEGIN IMMEDIATE;
@@ -261,7 +257,7 @@ PAGE = f"""
         SELECT number + 1, events.seq, size + length(payload), {{item}}
         FROM page JOIN events
           ON events.seq = (SELECT min(seq) FROM events WHERE {{topic}} seq > page.seq)
-        WHERE number < min(:limit, {PAGE_EVENTS}) AND size < {PAGE_BYTES} AND events.seq <= :upto
+        WHERE number < :limit AND size < {PAGE_BYTES} AND events.seq <= :upto
     )
     SELECT max(number), max(seq), CAST(group_concat(item, '') AS BLOB) FROM page
 """
@@ -450,20 +446,21 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, commits: GroupCommit) -> None:
         self._settings, self._store, self._commits = settings, store, commits
-        self._right = settings.api_token and f"bearer {settings.api_token}".encode()
+        self._bearer = settings.api_token and f"bearer {settings.api_token}".encode()
         self._started, self._in_flight_bytes = time.time(), 0
         self._arriving: dict[StreamReader, float] = {}  # bodies on their way, since when
         self._refusals: Counter[int] = Counter()  # by status, for GET /metrics
-        self._subscribers, self._next_page = 0, 0.0  # live feeds; when one may read again
+        self._feeds = self._idle = 0  # live feeds, and those that wait for news
+        self._pages: dict[Any, asyncio.Future[Any]] = {}  # that are being read, by their place
 
     @web.middleware
     async def answer_errors(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """Lets in who may come in, and answers every error as {"detail": …}."""
         try:
-            if self._right and (request.path != "/" or request.method not in ("GET", "HEAD")):
+            if self._bearer and (request.path != "/" or request.method not in ("GET", "HEAD")):
                 scheme, _, token = request.headers.get("Authorization", "").partition(" ")
                 given = f"{scheme.lower()} {token.strip()}".encode(errors="surrogateescape")
-                if not hmac.compare_digest(given, self._right):  # the time it takes tells nothing
+                if not hmac.compare_digest(given, self._bearer):  # the time it takes tells nothing
                     raise Refused(401, "Missing or wrong API token", {"WWW-Authenticate": "Bearer"})
             return await handler(request)
         except Refused as why:
@@ -489,8 +486,7 @@ class Api:
         media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         bits = WINDOW_BITS.get((headers.get("Content-Encoding") or "identity").strip().lower())
         if media_type not in ("application/json", "") or bits is None:
-            accept = {"Accept": "application/json", "Accept-Encoding": "gzip, deflate"}
-            raise Refused(415, "Events are application/json, perhaps in gzip or deflate", accept)
+            raise Refused(415, "Send application/json", {"Accept-Encoding": "gzip, deflate"})
         length = request.content_length
         size = most if length is None or bits else length
         if max(size, length or 0) > most:
@@ -555,7 +551,7 @@ class Api:
 
         Rows are only added, so "up to now" is a snapshot, and a subscriber a place, not a buffer.
         """
-        query, accept = request.query, request.headers.get("Accept", "")
+        query, accept, pages = request.query, request.headers.get("Accept", ""), self._pages
         form = next((form for form in FORMS if form in accept), ARRAY)
         (upto,), loop = await self._store.read(LAST_SEQ), asyncio.get_running_loop()
         topic, limit = query.get("topic") or None, integer(query, "limit", 1, MAX_INTEGER)
@@ -572,24 +568,30 @@ class Api:
         elif form == ARRAY:
             await response.write(b'{"topic": %b, "events": [' % json.dumps(topic).encode())
         page = PAGE.format(topic=ONE_TOPIC if topic else "", item=FORMS[form])
-        self._subscribers, total = self._subscribers + is_feed, 0
+        self._feeds, total = self._feeds + is_feed, 0
         try:
             while total < limit and not (is_feed and self._commits.stopping):
                 news = self._commits.news.setdefault(topic, loop.create_future())  # before reading
-                values = {"topic": topic, "after": after, "upto": upto, "limit": limit - total}
-                number, after, text = await self._store.read(page, **values)
+                place = page, news, after, upto, min(limit - total, PAGE_EVENTS)
+                if place not in pages:  # or else somebody reads it just now
+                    values = {"topic": topic, "after": after, "upto": upto, "limit": place[-1]}
+                    pages[place] = asyncio.ensure_future(self._store.read(page, **values))
+                    pages[place].add_done_callback(lambda _, place=place: pages.pop(place))
+                number, after, text = await pages[place]
                 if number:
                     await response.write(text if form != ARRAY or total else text[1:])
                     total += number
-                    if is_feed:  # all feeds together read no more than a page each so often
-                        self._next_page = max(self._next_page, loop.time()) + FEED_PAGE_SECONDS
-                        await asyncio.sleep(self._next_page - loop.time())
+                    await asyncio.sleep(is_feed * FEED_PAGE_SECONDS * (self._feeds - self._idle))
                 elif not is_feed:
                     break
-                elif not (await asyncio.wait([news], timeout=HEARTBEAT_SECONDS))[0]:
-                    await response.write(b": nothing new\n\n")
+                else:
+                    self._idle += 1
+                    told, _ = await asyncio.wait([news], timeout=HEARTBEAT_SECONDS)
+                    self._idle -= 1
+                    if not told:
+                        await response.write(b": nothing new\n\n")
         finally:
-            self._subscribers -= is_feed
+            self._feeds -= is_feed
         if form == ARRAY:
             await response.write(b'], "count": %d, "last_seq": %d}' % (total, after))
         return response
@@ -629,7 +631,7 @@ class Api:
             ("aggregator_requests_queued", "gauge", "Requests that wait.", commits.queue.qsize()),
             ("aggregator_group_commit_seconds", "histogram", "Time of a commit.", times),
             ("aggregator_group_commit_events", "histogram", "Events in a commit.", sizes),
-            ("aggregator_live_subscribers", "gauge", "Live feeds.", self._subscribers),
+            ("aggregator_live_subscribers", "gauge", "Live feeds.", self._feeds),
             ("aggregator_database_bytes", "gauge", "Size of the database and its log.", size),
             ("aggregator_build_info", "gauge", "Versions, as labels.", {build: 1}),
             ("process_start_time_seconds", "gauge", "Start, Unix time.", self._started),
@@ -645,15 +647,12 @@ def histogram(counts: Counter[float], bounds: str) -> dict[str, float]:
     """The samples of a Prometheus histogram, by what follows the metric's name."""
     samples = {}
     for bound in (*bounds.split(), "+Inf"):
-        below = sum(n for value, n in counts.items() if value <= float(bound))
-        samples[f'_bucket{{le="{bound}"}}'] = below
+        samples[f'_bucket{{le="{bound}"}}'] = sum(n for v, n in counts.items() if v <= float(bound))
     return samples | {"_sum": sum(v * n for v, n in counts.items()), "_count": counts.total()}
 
 
 def decompress(body: bytes, bits: int, most: int) -> bytes:
     """The body without its compression, and of a bomb its first `most` + 1 bytes."""
-    if bits == 15 and body[:1] and body[0] & 15 != 8:
-        bits = -15  # "deflate" without the zlib header that belongs to it: some clients do that
     inflate = zlib.decompressobj(bits)
     try:
         plain = inflate.decompress(body, most + 1)
@@ -727,7 +726,8 @@ def main() -> None:
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             libc.mallopt(parameter, 1 << 20)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(OPEN_FILES, hard)), hard))
+    if 0 <= soft < min(OPEN_FILES, hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
     sys.setswitchinterval(0.0001)  # seconds until the event loop yields to the writer, not 0.005
 
     async def leave(app: web.Application) -> None:
