@@ -46,7 +46,7 @@ class Settings(NamedTuple):
     db: str = "data/dedup.db"
     log_level: str = "INFO"
     max_body_bytes: int = 4 << 20
-    max_in_flight_bytes: int = 8 << 20  # a body costs several times its size on its way through
+    max_in_flight_bytes: int = 6 << 20  # a body costs several times its size on its way through
     api_token: str = ""  # empty: everybody may do everything
 
 
@@ -93,7 +93,6 @@ TIMESTAMP = re.compile(
     r"(?::[0-5][0-9](?:[.,][0-9]+)?)?(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
 )
 GOOD = dict(topic="t", event_id="1", timestamp="2025-10-24 10:30", source="s", payload={})
-FIELDS_OF = itemgetter(*GOOD)
 # "[topic, event_id, timestamp, source, payload]" of each event, JSON in UTF-8; topics; event_ids.
 Rows = tuple[bytes, list[str], list[str]]
 
@@ -132,7 +131,7 @@ def take(events: list[Any]) -> Rows | None:
     """The events as Rows, or None if anything is wrong with any of them."""
     rows, name, moment = [], NAME.fullmatch, TIMESTAMP.fullmatch
     try:
-        for topic, event_id, timestamp, source, payload in map(FIELDS_OF, events):
+        for topic, event_id, timestamp, source, payload in map(itemgetter(*GOOD), events):
             topic, event_id, source = topic.strip(), event_id.strip(), source.strip()
             if not (name(topic) and name(event_id) and name(source) and type(payload) is dict):
                 return None
@@ -286,11 +285,12 @@ class Store:
                 raise OSError(f"SQLite {sqlite3.sqlite_version} is older than 3.38")
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self._write, self._read = (sqlite3.connect(path, **options) for _ in range(2))
-            (version,) = self._write.execute("PRAGMA user_version").fetchone()
             (tables,) = self._write.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            (version,) = self._write.execute("PRAGMA user_version").fetchone()
             if version != 1 and (version or tables):
                 raise OSError("it belongs to a newer version of this service, or another program")
-            self._write.execute("PRAGMA journal_mode = WAL")
+            if self._write.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+                raise OSError("a write-ahead log cannot be kept there")
             self._write.executescript(PRAGMAS + SCHEMA + GROUP_COMMIT)  # it can be written, then
             self._read.executescript(PRAGMAS + "PRAGMA query_only = ON")
         except (OSError, sqlite3.Error) as why:
@@ -366,9 +366,8 @@ class GroupCommit:
         try:
             if self.stopping and self.failure:  # the disk had its chance, and time is short
                 raise sqlite3.OperationalError(self.failure)
-            counts, rows = validate([body for body, _ in group])
-            commit = loop.run_in_executor(self._store.writer, self._store.commit, *rows[:2])
-            is_new, seconds = await commit
+            store, (counts, rows) = self._store, validate([body for body, _ in group])
+            is_new, seconds = await loop.run_in_executor(store.writer, store.commit, *rows[:2])
         except Exception as why:
             refusal = self._refusal(why)
         else:
@@ -470,8 +469,8 @@ class Api:
             headers = [{"Allow": why.headers["Allow"]}] if "Allow" in why.headers else []
         except sqlite3.Error as why:
             status, detail, *headers = 503, f"The database cannot be read: {why}", AGAIN
-        except ConnectionError:  # the client has gone
-            raise
+        except ConnectionError as why:  # the client has gone
+            raise why.with_traceback(None)  # its frames hold a page
         except Exception:
             log.exception("A fault of this program")
             status, detail, *headers = 500, "Internal Server Error"
@@ -485,11 +484,10 @@ class Api:
         headers, most, commits = request.headers, self._settings.max_body_bytes, self._commits
         media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         bits = WINDOW_BITS.get((headers.get("Content-Encoding") or "identity").strip().lower())
-        if media_type not in ("application/json", "") or bits is None:
+        if media_type != "application/json" and (media_type or "Origin" in headers) or bits is None:
             raise Refused(415, "Send application/json", {"Accept-Encoding": "gzip, deflate"})
-        length = request.content_length
-        size = most if length is None or bits else length
-        if max(size, length or 0) > most:
+        size = most if (length := request.content_length) is None else length
+        if size > most:
             raise Refused(413, f"The body is larger than {most} bytes")
         if commits.stopping:
             raise Refused(503, "The service is stopping", AGAIN)
@@ -503,6 +501,8 @@ class Api:
                 body = decompress(body, bits, most)
             if len(body) > most:
                 raise Refused(413, f"The body is larger than {most} bytes")
+            if self._in_flight_bytes + len(body) - size > self._settings.max_in_flight_bytes:
+                raise Refused(503, "Too many bytes in flight", AGAIN)  # now that it is unpacked
             self._in_flight_bytes += len(body) - size
             size, future = len(body), asyncio.get_running_loop().create_future()
             commits.queue.put_nowait((body, future))
@@ -544,7 +544,8 @@ class Api:
         self._commits.stopping = True
         self._hurry(0)
         for topic in [*self._commits.news]:
-            self._commits.news.pop(topic).set_result(None)
+            if news := self._commits.news.pop(topic, None):
+                news.set_result(None)
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """GET /events: a snapshot as JSON or NDJSON; or a live feed, which goes on at its end.
@@ -741,7 +742,6 @@ def main() -> None:
         app = create_app(settings)
         app.on_shutdown.append(leave)
         web.run_app(app, host=settings.host, port=settings.port, print=log.info, **options)
-        log.info("Stopped")
     except (OSError, OverflowError, ValueError) as why:
         sys.exit(f"aggregator: cannot serve on {settings.host}:{settings.port}: {why}")
 

@@ -471,7 +471,7 @@ class Disk:
             self.groups.append(len(topics))
             assert self._free.wait(PATIENCE_SECONDS)
             if self.error:
-                raise self.error
+                raise type(self.error)(*self.error.args)  # a new one, as its frames hold the group
             return really_commit(store, text, topics)
 
         monkeypatch.setattr(Store, "commit", commit)
@@ -561,6 +561,7 @@ STARTS_THAT_FAIL = {
     "a database that is a folder": (["--db", "{folder}"], {}, "{folder}"),
     "a database in a folder that cannot be": (["--db", "{folder}/text/x.db"], {}, "text/x.db"),
     "a file that is no database": (["--db", "{folder}/text"], {}, "{folder}/text"),
+    "a database that would be nowhere": (["--db", ":memory:"], {}, ":memory:"),
     "a database of a newer version": (["--db", "{folder}/newer.db"], {}, "newer"),
     "a database of another program": (["--db", "{folder}/other.db"], {}, "other.db"),
 }
@@ -1354,6 +1355,14 @@ async def test_whatever_damaged_event_is_taken_comes_back_equal(service: InProce
 
 
 # --- Refusals: the others ----------------------------------------------------------------------
+
+
+async def test_a_page_elsewhere_cannot_post_without_a_preflight_by_sending_no_content_type(
+    service: InProcess,
+) -> None:
+    body, origin = json_of(event()), {"Origin": "http://elsewhere.example"}
+    (await service.ask("POST", "/publish", body, origin)).detail(415)
+    assert (await service.publish(body, **origin)).counts == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -2232,6 +2241,39 @@ async def test_beyond_the_bytes_in_flight_a_request_is_503_and_later_it_is_taken
         assert (await slow.answer()).counts == (1, 1, 0)
     assert await in_flight(service, 0)
     assert (await service.publish(json_of(event()).ljust(1000))).counts == (1, 0, 1)
+
+
+async def test_a_compressed_body_counts_as_it_is_and_once_it_is_unpacked_with_its_full_size(
+    disk: Disk, serve: Serve
+) -> None:
+    service = await serve(max_body_bytes=1000, max_in_flight_bytes=1500)
+    small, large = (gzip.compress(json_of(event()).ljust(size)) for size in (200, 1000))
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(small, Content_Encoding="gzip"))]
+        await until(lambda: in_flight(service, 200))
+        waiting += [asyncio.create_task(service.publish(large, Content_Encoding="gzip"))]
+        await until(lambda: in_flight(service, 1200))
+        (await service.publish(large, Content_Encoding="gzip")).detail(503)
+    assert sorted([(await answer).counts for answer in waiting]) == [(1, 0, 1), (1, 1, 0)]
+    await until(lambda: in_flight(service, 0))
+
+
+async def test_a_failing_disk_lets_the_bodies_go_at_once(
+    disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.error = sqlite3.OperationalError("database or disk is full")
+    body = json_of(event(payload={"text": "x" * 1_000_000}))
+    gc.disable()  # so that nothing may wait for it
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            (await service.publish(body)).detail(503)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert held < 5_000_000
+    caplog.clear()
 
 
 async def test_bytes_are_in_flight_until_the_commit(disk: Disk, serve: Serve) -> None:
