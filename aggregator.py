@@ -20,12 +20,12 @@ Four rules hold everywhere, and the rest follows from them:
 
 import argparse, asyncio, ctypes, hmac, json, logging, os, re, resource, signal, sqlite3, sys
 import time, zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from itertools import compress, islice
-from operator import itemgetter, not_
+from operator import add, itemgetter, not_
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -52,7 +52,6 @@ class Settings(NamedTuple):
 
 VERSION = "1.0.0"
 MAX_NAME_CHARACTERS = 512  # of a topic, an event_id, a source: they are keys, and keys are short
-MAX_ERRORS = 100  # listed for one request: enough to find the mistake
 MAX_INTEGER = 2**63 - 1  # SQLite's
 MAX_GROUP_BYTES = 1 << 19  # in a commit: more make it longer, but hardly cheaper
 BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refused
@@ -62,16 +61,14 @@ FEED_PAGE_SECONDS = 0.002  # for each page of all live feeds together: publishin
 HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 or 60
 BODY_SECONDS = 30.0  # for a body to arrive
 SLOW_SECONDS = 1.0  # after which a body on its way must yield where room is short
-KEEPALIVE_SECONDS = 30.0  # for a connection to begin a request and to finish its headers
 SHUTDOWN_SECONDS = 1.0  # for answers under way; aiohttp waits it twice, docker stop gives 10 s
 OPEN_FILES = 10_000  # a connection is an open file, and the usual limit is 1,024
 
 
 # --- Validation ------------------------------------------------------------------------------
-# From the bytes of bodies to rows that can be stored, or to the list of all that is wrong. `take`
-# is the only judge, and quick: good events must not pay for the bookkeeping of bad ones. Where it
-# says no, `explain` asks it again, field by field, and finds the words. What is stored is not the
-# client's text but what Python understood: it and SQLite do not read all JSON alike.
+# `take` is the only judge, and quick: good events must not pay for the bookkeeping of bad ones. If
+# it says no, `explain` asks it again, field by field, and finds the words. What is stored is not
+# the client's text but what Python understood of it: SQLite does not read all JSON alike.
 
 
 class Refused(Exception):
@@ -93,12 +90,12 @@ TIMESTAMP = re.compile(
     r"(?::[0-5][0-9](?:[.,][0-9]+)?)?(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
 )
 GOOD = dict(topic="t", event_id="1", timestamp="2025-10-24 10:30", source="s", payload={})
-# "[topic, event_id, timestamp, source, payload]" of each event, JSON in UTF-8; topics; event_ids.
+# ",[topic, event_id, timestamp, source, payload]" of each event, in JSON; topics; event_ids.
 Rows = tuple[bytes, list[str], list[str]]
 
 
-def validate(bodies: Sequence[bytes]) -> tuple[list[int], Rows]:
-    """How many events each body has, and all of them as Rows; raises Refused (422)."""
+def validate(bodies: Sequence[bytes]) -> tuple[list[int], bytes, list[str], list[str]]:
+    """How many events each body has, and the Rows of them all; raises Refused (422)."""
     events, counts = [], []
     try:
         for body in bodies:
@@ -118,8 +115,8 @@ def validate(bodies: Sequence[bytes]) -> tuple[list[int], Rows]:
             events += found
             counts.append(len(found))
         if rows := take(events):
-            return counts, rows
-        errors = [*islice(explain(events, loc), MAX_ERRORS)]
+            return counts, *rows
+        errors = [*islice(explain(events, loc), 100)]  # enough to find the mistake
     except (ValueError, RecursionError) as error:
         why = getattr(error, "msg", getattr(error, "reason", str(error).partition(":")[0]))
         where = [getattr(error, name) for name in ("pos", "start") if hasattr(error, name)]
@@ -137,7 +134,8 @@ def take(events: list[Any]) -> Rows | None:
                 return None
             date.fromisoformat(moment(timestamp)[1])
             rows.append((topic, event_id, timestamp, source, payload))
-        return ENCODER.encode(rows).encode(), [row[0] for row in rows], [row[1] for row in rows]
+        text = "," + ENCODER.encode(rows)[1:-1]
+        return text.encode(), [row[0] for row in rows], [row[1] for row in rows]
     except (KeyError, TypeError, AttributeError, ValueError):
         return None  # something is missing, of another type, or has no place in a calendar or JSON
 
@@ -215,8 +213,7 @@ PRAGMAS = """
     PRAGMA cache_size = -16384;         -- KiB: the busy part of the index
     PRAGMA wal_autocheckpoint = 32000;  -- pages, 128 MB: what many groups changed is moved once
 """
-# Storing a group is one INSERT into a view, and so one transaction: what its trigger does is done
-# whole or not at all, under the write lock, so `first` stays true whatever other processes do. The
+# One INSERT into a view is one transaction: what its trigger does is done whole or not at all. The
 # conflict target is named, or a clash of seq would pass for a duplicate. + avoids a slow index.
 GROUP_COMMIT = """
     CREATE TEMP TABLE outcome AS SELECT 0 AS first, '[]' AS positions;
@@ -297,13 +294,12 @@ class Store:
             raise OSError(f"cannot use the database {path}: {why}") from why
 
     def commit(self, text: bytes, topics: list[str]) -> tuple[bytearray, float]:
-        """Stores a group, the first two of its Rows; when this returns, all of it is on disk.
+        """Stores a group, the first two of its Rows; then it is on disk, or raises sqlite3.Error.
 
-        Returns a flag for each event (1 new, 0 a duplicate), and the seconds that it took. Raises
-        sqlite3.Error; then nothing of the group is stored. For the writer's thread only.
+        Returns a flag for each event (1 new, 0 a duplicate) and the seconds that it took.
         """
         started, is_new = time.perf_counter(), bytearray(len(topics))
-        self._write.execute(COMMIT_GROUP, [text, json.dumps(Counter(topics))])
+        self._write.execute(COMMIT_GROUP, [b"[%b]" % text[1:], json.dumps(Counter(topics))])
         for position in json.loads(self._write.execute(NEW_POSITIONS).fetchone()[0]):
             is_new[position] = 1
         return is_new, time.perf_counter() - started
@@ -322,9 +318,9 @@ class Store:
 
 # --- Group commit ----------------------------------------------------------------------------
 # An fsync takes a disk a third of a millisecond to ten; one for each request would be the end of
-# all speed. So a consumer takes all requests that wait and commits them together. There are two:
-# while one waits for the disk, the other makes a group of what arrives meanwhile. Groups grow with
-# the load: no timer, and a lone request waits for nobody. PostgreSQL, MySQL and Kafka do the same.
+# all speed. So the writer commits all that is ready as one group, while the consumer makes ready
+# what arrives meanwhile. Groups grow with the load by themselves: there is no timer, and a lone
+# request waits for nobody. PostgreSQL, MySQL and Kafka's brokers do the same.
 
 AGAIN = {"Retry-After": "1"}  # with 503: nothing is stored, and to send the same again is safe
 Request = tuple[bytes, asyncio.Future[bytearray]]  # a body; for each event, whether it was new
@@ -336,90 +332,99 @@ class GroupCommit:
     def __init__(self, store: Store) -> None:
         self._store, self.stopping = store, False
         self.queue: asyncio.Queue[Request] = asyncio.Queue()
+        self.ready: deque[tuple[Any, ...]] = deque()  # some requests, and what validate returned
         self.news: Any = WeakValueDictionary()  # by topic (None: any), the future of a new event
         self.failure: str | None = None  # why the last commit failed, None if it did not
         self.seconds: Counter[float] = Counter()  # that commits took - how many commits
         self.events: Counter[int] = Counter()  # in a group - how many groups
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
-        """Runs the consumers; at the end, until the last request is committed."""
-        consumers = [asyncio.create_task(self._consume()) for _ in range(2)]
+        """Runs the consumer; at the end, until the last request is committed."""
+        self._loop, consumer = asyncio.get_running_loop(), asyncio.create_task(self._consume())
         yield
         await self.queue.join()
-        for consumer in consumers:
-            consumer.cancel()
+        consumer.cancel()
         self._store.close()
 
     async def _consume(self) -> None:
-        """A consumer: takes all that waits as a group, commits it, and begins anew."""
+        """The consumer: makes ready all that waits, and wakes the writer, for ever."""
         while True:
             group, size = [await self.queue.get()], 0
             while not self.queue.empty() and (size := size + len(group[-1][0])) < MAX_GROUP_BYTES:
                 group.append(self.queue.get_nowait())
-            await self._commit(group)
-            for _ in group:
-                self.queue.task_done()
+            try:
+                self.ready.append((group, *validate([body for body, _ in group])))
+                self._loop.run_in_executor(self._store.writer, self._write)
+            except Exception:  # to be found out by the writer: which of them are bad
+                self._loop.run_in_executor(self._store.writer, self._commit, group)
 
-    async def _commit(self, group: list[Request]) -> None:
-        """Stores the events of a group and tells each request what became of its own."""
-        loop, end = asyncio.get_running_loop(), 0
+    def _write(self) -> None:
+        """The writer, in its thread: commits all that is ready by now."""
+        while self.ready:
+            group = self.ready.popleft()
+            while self.ready and len(group[2]) < MAX_GROUP_BYTES:
+                group = (*map(add, group, self.ready.popleft()),)
+            self._commit(*group)
+
+    def _commit(self, group: list[Request], *valid: Any) -> None:
+        """Stores a group, and has the event loop answer it; halves a bad one, to the culprits."""
         try:
             if self.stopping and self.failure:  # the disk had its chance, and time is short
                 raise sqlite3.OperationalError(self.failure)
-            store, (counts, rows) = self._store, validate([body for body, _ in group])
-            is_new, seconds = await loop.run_in_executor(store.writer, store.commit, *rows[:2])
+            counts, *rows = valid or validate([body for body, _ in group])
+            outcome = self._store.commit(*rows[:2])
         except Exception as why:
-            refusal = self._refusal(why)
+            if len(group) > 1 and (isinstance(why, Refused) or str(why) == "malformed JSON"):
+                self._commit(group[: len(group) // 2])
+                self._commit(group[len(group) // 2 :])
+            else:
+                self._loop.call_soon_threadsafe(self._refuse, group, why)
         else:
-            for (_, future), count in zip(group, counts):
-                if not future.done():  # done: nobody waits; its events are stored all the same
-                    future.set_result(is_new[end : end + count])
-                end += count
-            loop.call_soon(self._announce, rows, is_new, seconds)  # after the answers
-            return
-        if len(group) > 1 and refusal.args[0] == 422:  # in halves, until only the culprits fail
-            await self._commit(group[: len(group) // 2])
-            await self._commit(group[len(group) // 2 :])
-            return
-        for _, future in group:
-            if not future.done():
-                future.set_exception(Refused(*refusal.args))
+            self._loop.call_soon_threadsafe(self._answer, group, counts, rows, *outcome)
 
-    def _refusal(self, why: Exception) -> Refused:
-        """What to answer where nothing is stored; the log is told once, not for each request."""
-        if isinstance(why, Refused):
-            return Refused(*why.args)  # without its traceback, whose frames hold the bodies
-        if str(why) == "malformed JSON":  # SQLite's parser gives up earlier than Python's may
-            ctx = {"error": "nested too deeply"}
-            return Refused(422, [entry(["body"], "json_invalid", "JSON decode error", ctx)])
-        # SQLite's messages name no paths. Those of other errors might, and stay in the log.
-        reason = str(why) if isinstance(why, sqlite3.Error) else type(why).__name__
-        if reason != self.failure:
-            log.error("Commits fail: %s", why, exc_info=None if reason == str(why) else why)
-        self.failure = reason
-        return Refused(503, f"The database cannot be written: {reason}", AGAIN)
-
-    def _announce(self, rows: Rows, is_new: bytearray, seconds: float) -> None:
-        """Tells metrics, live feeds and the log, in records of many lines: each costs 6 µs."""
+    def _answer(self, group: list[Request], counts: list[int], rows: Rows, *outcome: Any) -> None:
+        """Tells each request which of its events are new; then the metrics, live feeds, log."""
+        end, (is_new, took) = 0, outcome
+        for (_, future), count in zip(group, counts):
+            self.queue.task_done()
+            if not future.done():  # done: nobody waits; its events are stored all the same
+                future.set_result(is_new[end : end + count])
+            end += count
         if self.failure:
             log.warning("Commits work again")
         self.failure = None
-        self.seconds[round(seconds, 5)] += 1
+        self.seconds[round(took, 5)] += 1
         self.events[len(is_new)] += 1
         for topic in {None, *compress(rows[1], is_new)} if self.news and any(is_new) else ():
             if news := self.news.pop(topic, None):
                 news.set_result(None)
         lines = [f" event: topic={topic}, event_id={id}" for topic, id in zip(*rows[1:])]
         if new := "\nProcessed new".join(compress(lines, is_new)):
-            log.info("Processed new%s", new)
+            log.info("Processed new%s", new)  # one record of many lines, as each costs 6 µs
         if duplicates := "\nDropped duplicate".join(compress(lines, map(not_, is_new))):
             log.warning("Dropped duplicate%s", duplicates)
 
+    def _refuse(self, group: list[Request], why: Exception) -> None:
+        """Tells each request why it is not stored; and the log, once, if it is for the disk."""
+        if str(why) == "malformed JSON":  # SQLite's parser gives up earlier than Python's may
+            ctx = {"error": "nested too deeply"}
+            why = Refused(422, [entry(["body"], "json_invalid", "JSON decode error", ctx)])
+        elif not isinstance(why, Refused):
+            # SQLite's messages name no paths. Those of other errors might, and stay in the log.
+            reason = str(why) if isinstance(why, sqlite3.Error) else type(why).__name__
+            if reason != self.failure:
+                log.error("Commits fail: %s", why, exc_info=None if reason == str(why) else why)
+            self.failure = reason
+            why = Refused(503, f"The database cannot be written: {reason}", AGAIN)
+        for _, future in group:
+            self.queue.task_done()
+            if not future.done():
+                future.set_exception(Refused(*why.args))  # without a traceback, which holds bodies
+
 
 # --- HTTP ------------------------------------------------------------------------------------
-# The handlers, and a middleware that turns every error into its answer. Memory is bounded by bytes
-# in flight: a body counts from before it is read until it is committed, and is refused where there
-# is no room, so the queue needs no bound. aiohttp's own reading takes a truncated gzip for whole.
+# Memory is bounded by bytes in flight: a body counts from before it is read until it is committed,
+# and is refused where there is no room. aiohttp's own reading takes a truncated gzip for whole.
 
 WINDOW_BITS = {"identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
 DASHBOARD = os.path.join(os.path.dirname(__file__), "dashboard.html")
@@ -496,9 +501,7 @@ class Api:
             raise Refused(503, "Too many bytes in flight", AGAIN)
         self._in_flight_bytes += size
         try:
-            body = await self._read_body(request.content)
-            if bits and len(body) <= most:
-                body = decompress(body, bits, most)
+            body = await self._read_body(request.content, bits)
             if len(body) > most:
                 raise Refused(413, f"The body is larger than {most} bytes")
             if self._in_flight_bytes + len(body) - size > self._settings.max_in_flight_bytes:
@@ -516,22 +519,33 @@ class Api:
         await request.writer.write_eof(message.encode())  # a web.Response costs a sixth more
         return Sent(request.keep_alive)
 
-    async def _read_body(self, content: StreamReader) -> bytes:
-        """The body, or the beginning of one too large; raises Refused (400, 408, 503)."""
+    async def _read_body(self, content: StreamReader, bits: int) -> bytes:
+        """The unpacked body, or the beginning of one too large; raises Refused (400, 408, 503)."""
+        loop, most = asyncio.get_running_loop(), self._settings.max_body_bytes
         if content.is_eof():  # it came together with the headers
-            return content.read_nowait()
-        loop, body = asyncio.get_running_loop(), bytearray()
-        timer = loop.call_later(BODY_SECONDS, content.set_exception, Refused(408, "Body too slow"))
-        self._arriving[content] = loop.time()
-        try:
-            while len(body) <= self._settings.max_body_bytes and (chunk := await content.readany()):
-                body += chunk
+            body = content.read_nowait()
+        else:
+            body, late = bytearray(), Refused(408, "The body took too long")
+            timer = loop.call_later(BODY_SECONDS, content.set_exception, late)
+            self._arriving[content] = loop.time()
+            try:
+                while len(body) <= most and (chunk := await content.readany()):
+                    body += chunk
+            except (web.RequestPayloadError, ConnectionError):
+                raise Refused(400, "The body breaks off") from None
+            finally:
+                timer.cancel()
+                del self._arriving[content], late
+        if not bits or len(body) > most:
             return bytes(body)
-        except (web.RequestPayloadError, ConnectionError):
-            raise Refused(400, "The body breaks off") from None
-        finally:
-            timer.cancel()
-            del self._arriving[content]
+        inflate = zlib.decompressobj(bits)
+        try:
+            plain = inflate.decompress(body, most + 1)  # no more of a bomb
+        except zlib.error:
+            raise Refused(400, "The compressed body is broken") from None
+        if len(plain) <= most and (not inflate.eof or inflate.unused_data):
+            raise Refused(400, "The compressed body breaks off, or something follows it")
+        return plain
 
     def _hurry(self, seconds: float) -> None:
         """Refuses the bodies that have been arriving for longer than that."""
@@ -548,9 +562,8 @@ class Api:
                 news.set_result(None)
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """GET /events: a snapshot as JSON or NDJSON; or a live feed, which goes on at its end.
-
-        Rows are only added, so "up to now" is a snapshot, and a subscriber a place, not a buffer.
+        """GET /events: a snapshot; or a live feed, which goes on at its end. Rows are only added:
+        "up to now" is a snapshot without a transaction, and a subscriber a place, not a buffer.
         """
         query, accept, pages = request.query, request.headers.get("Accept", ""), self._pages
         form = next((form for form in FORMS if form in accept), ARRAY)
@@ -623,13 +636,14 @@ class Api:
         size = sum(map(os.path.getsize, filter(os.path.exists, (db, db + "-wal"))))
         times = histogram(commits.seconds, "0.0005 0.001 0.002 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1")
         sizes = histogram(commits.events, "1 2 5 10 20 50 100 200 500 1000 2000 5000")
+        queued = commits.queue.qsize() + sum(len(group[0]) for group in [*commits.ready])
         text, build = "", f'{{version="{VERSION}",sqlite="{sqlite3.sqlite_version}"}}'
         for name, kind, what, value in (
             ("aggregator_events_received_total", "counter", "Events acknowledged.", received),
             ("aggregator_events_processed_total", "counter", "The same, by outcome.", outcomes),
             ("aggregator_requests_refused_total", "counter", "Refusals, by status.", refusals),
             ("aggregator_in_flight_bytes", "gauge", "Bodies held.", self._in_flight_bytes),
-            ("aggregator_requests_queued", "gauge", "Requests that wait.", commits.queue.qsize()),
+            ("aggregator_requests_queued", "gauge", "Requests that wait.", queued),
             ("aggregator_group_commit_seconds", "histogram", "Time of a commit.", times),
             ("aggregator_group_commit_events", "histogram", "Events in a commit.", sizes),
             ("aggregator_live_subscribers", "gauge", "Live feeds.", self._feeds),
@@ -652,18 +666,6 @@ def histogram(counts: Counter[float], bounds: str) -> dict[str, float]:
     return samples | {"_sum": sum(v * n for v, n in counts.items()), "_count": counts.total()}
 
 
-def decompress(body: bytes, bits: int, most: int) -> bytes:
-    """The body without its compression, and of a bomb its first `most` + 1 bytes."""
-    inflate = zlib.decompressobj(bits)
-    try:
-        plain = inflate.decompress(body, most + 1)
-    except zlib.error:
-        raise Refused(400, "The compressed body is broken") from None
-    if len(plain) <= most and (not inflate.eof or inflate.unused_data):
-        raise Refused(400, "The compressed body breaks off, or something follows it")
-    return plain
-
-
 def integer(source: Mapping[str, str], name: str, least: int, default: int) -> int:
     """A query parameter, or a header; raises Refused (422)."""
     try:
@@ -674,19 +676,17 @@ def integer(source: Mapping[str, str], name: str, least: int, default: int) -> i
     except ValueError:
         why = "Input should be a valid integer, unable to parse string as an integer"
         fault = "int_parsing", why
-    loc = ["header" if name == "Last-Event-ID" else "query", name]
-    raise Refused(422, [entry(loc, *fault)])
+    raise Refused(422, [entry(["header" if name == "Last-Event-ID" else "query", name], *fault)])
 
 
 # --- Application -----------------------------------------------------------------------------
-# Who knows whom: the store knows nobody, group commit knows the store, the handlers know both.
 
 
 def create_app(settings: Settings) -> web.Application:
     """The service as an aiohttp application; raises OSError."""
     commits = GroupCommit(store := Store(settings.db))
     api = Api(settings, store, commits)
-    handler_args = {"auto_decompress": False, "keepalive_timeout": KEEPALIVE_SECONDS}
+    handler_args = {"auto_decompress": False, "keepalive_timeout": 30.0}  # s, to begin a request
     app = web.Application(middlewares=[api.answer_errors], handler_args=handler_args)
     app.router.add_post("/publish", api.publish)
     for handler in api.events, api.stats, api.metrics:
