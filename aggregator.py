@@ -4,7 +4,7 @@ Publishers on an unreliable network send an event again until somebody says that
 (at-least-once delivery). So the same event comes many times, even at once, even after a crash. A
 consumer has to make that harmless: it must be idempotent. This is one, in the order of the flow:
 
-    POST /publish - room? - asyncio.Queue - a consumer takes all that waits, parses, validates
+    POST /publish - room? - asyncio.Queue - the consumer takes all that waits, parses, validates
       202 - the counts of this request - future - COMMIT, fsync - one transaction, writer's thread
     GET /events, /stats - reader's thread with a read-only connection - pages, streamed
 
