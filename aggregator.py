@@ -1,749 +1,2593 @@
 """An event aggregator: it keeps each event exactly once and loses none that it acknowledged.
 
-Publishers on an unreliable network send an event again until somebody says that it arrived
-(at-least-once delivery). So the same event comes many times, even at once, even after a crash. A
-consumer has to make that harmless: it must be idempotent. This is one, in the order of the flow:
+Publishers on an unreliable network send an event again until somebody says that it arrived. This
+is called at-least-once delivery. So the same event comes many times: at the same moment on two
+connections, or again after a crash. A consumer has to make this harmless: it must be idempotent.
+This module is such a consumer. It is laid out in the order in which an event travels:
 
-    POST /publish - room? - asyncio.Queue - the consumer takes all that waits, parses, validates
-      202 - the counts of this request - future - COMMIT, fsync - one transaction, writer's thread
-    GET /events, /stats - reader's thread with a read-only connection - pages, streamed
+    POST /publish ─ room? ─ validate ─ asyncio.Queue ─ consumer ─ all that is ready: a group ─┐
+         202 ◄─ counts of this request ◄─ future ◄─ COMMIT, fsync ◄─ one transaction ◄────────┘
+                                                                        writer's thread
+    GET /events, /topics, /stats ─ reader's thread, its own read-only connection ─ pages, streamed
 
 Four rules hold everywhere, and the rest follows from them:
 
-    1. 202 means on disk. A request's future is resolved after COMMIT with synchronous=FULL.
-    2. One writer. Only its thread changes the database, events and counters in one transaction.
-    3. The database decides what is a duplicate: a UNIQUE constraint with ON CONFLICT DO NOTHING.
-       Nobody asks first and inserts then, and no cache stands in front.
-    4. A request stands or falls alone: all of it is stored or nothing, and no neighbour in the
-       same group commit suffers for it.
+    1. 202 means on disk. The future of a request is resolved after COMMIT with synchronous=FULL.
+    2. One writer. Only the writer's thread changes the database, and what belongs together
+       (events and counters) changes in one transaction.
+    3. The database decides what is a duplicate: a UNIQUE constraint and ON CONFLICT DO NOTHING.
+       There is no SELECT before the INSERT, and no cache in front of the database.
+    4. A request stands or falls alone: all of it is stored or nothing, and no other request in
+       the same group suffers for it.
+
+`python aggregator.py` runs it, and `python aggregator.py --help` lists the settings.
 """
 
-import argparse, asyncio, ctypes, hmac, json, logging, os, re, resource, signal, sqlite3, sys
-import time, zlib
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+import argparse
+import asyncio
+import bisect
+import contextlib
+import errno
+import functools
+import hmac
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import signal
+import socket
+import sqlite3
+import struct
+import sys
+import threading
+import time
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
-from itertools import compress, islice
-from operator import add, itemgetter, not_
-from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from dataclasses import dataclass, field, fields, replace
+from datetime import date, datetime, timedelta
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
-from aiohttp import StreamReader, helpers, web
+if __name__ == "__main__":  # loading aiohttp takes 0.2 s, and process 1 of a container ignores
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # what it does not handle
 
+from aiohttp import StreamReader, web
+
+T = TypeVar("T")
 log = logging.getLogger("aggregator")
 
 
 # --- Settings --------------------------------------------------------------------------------
-# The constants are not settings: each has one right value for this design, its reason beside it.
+# A setting is what an operator may want to change. The constants below are not settings: each has
+# one right value for this design, and the reason for it stands beside it.
+
+MIB = 1024 * 1024
 
 
-class Settings(NamedTuple):
-    """What can be set from outside: --port or PORT, --db or DB_PATH, and so on."""
-
-    host: str = "127.0.0.1"
-    port: int = 8080  # 0: any free one; the log says which
-    db: str = "data/dedup.db"
-    log_level: str = "INFO"
-    max_body_bytes: int = 4 << 20
-    max_in_flight_bytes: int = 6 << 20  # a body costs several times its size on its way through
-    api_token: str = ""  # empty: everybody may do everything
+def setting(default: Any, variable: str, meaning: str) -> Any:
+    """A field of Settings: its default, its environment variable, and what --help says of it."""
+    return field(default=default, metadata={"variable": variable, "meaning": meaning})
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What can be set from outside. Each field is a flag, too: max_body_bytes, --max-body-bytes."""
+
+    host: str = setting("127.0.0.1", "HOST", "address to listen on; 0.0.0.0 or :: is every one")
+    port: int = setting(
+        8080, "PORT", "port to listen on; 0 is any free one, and the log says which"
+    )
+    db: str = setting(
+        "data/dedup.db", "DB_PATH", "SQLite file, made if it is not there; or postgresql://…"
+    )
+    log_level: str = setting("INFO", "LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR")
+    max_body_bytes: int = setting(
+        4 * MIB, "MAX_BODY_BYTES", "largest request body, after decompression"
+    )
+    max_in_flight_bytes: int = (
+        setting(  # an event in memory takes several times the room of its text
+            6 * MIB, "MAX_IN_FLIGHT_BYTES", "request bodies held at once; beyond it, 503"
+        )
+    )
+    api_token: str = setting(
+        "", "API_TOKEN", "if set, requests need the header Authorization: Bearer TOKEN"
+    )
+
+
+NAME = "Event Aggregator"
 VERSION = "1.0.0"
+
 MAX_NAME_CHARACTERS = 512  # of a topic, an event_id, a source: they are keys, and keys are short
-MAX_INTEGER = 2**63 - 1  # SQLite's
-MAX_GROUP_BYTES = 1 << 19  # in a commit: more make it longer, but hardly cheaper
+MAX_NESTING = 500  # levels of JSON: far below what overflows the smallest stack of a thread
+MAX_ERRORS = 100  # listed for one request: enough to find the mistake
+MAX_INTEGER = 2**63 - 1  # SQLite's and PostgreSQL's
+
+MAX_GROUP_BYTES = MIB // 2  # of bodies in a commit: more make it longer, but hardly cheaper
 BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refused
-PAGE_EVENTS = 500  # read at a time, which takes about 2 ms
-PAGE_BYTES = 1 << 18  # of payloads read at a time (as characters), or one payload if larger
+OPEN_SECONDS = 10.0  # the same at the start, when several processes may be making the file
+WATCH_SECONDS = 1.0  # between two looks for commits of other processes, and between two probes
+CHECKPOINT_PAGES = 32_000  # 128 MB of log: a page that many groups changed is moved only once
+CHECKPOINT_REST_PAGES = 1_000  # left for the writer to move, between two commits: some 5 ms
+CHECKPOINT_ROUNDS = 5  # while the writer goes on writing, each round leaves less than the last
+WARN_LOG_BYTES = 1_000_000_000  # so long a log means that something keeps it from being reused
+
+PAGE_EVENTS = 500  # read at a time: some 2 ms of work
+PAGE_BYTES = 64 * 1024  # of whole events read at a time, or one event if it is larger
+TOPIC_BYTES = 2_200  # a topic with its counters, at most
+READERS_BYTES = 32 * MIB  # pages in memory for all readers together
+READER_SECONDS = 60.0  # for a reader to take a piece of its answer: after it, it is let go
 FEED_PAGE_SECONDS = 0.002  # for each page of all live feeds together: publishing comes first
 HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 or 60
+RETRY_MS = 1_000  # a subscriber that lost its feed waits so long before it comes back
+
 BODY_SECONDS = 30.0  # for a body to arrive
-SLOW_SECONDS = 1.0  # after which a body on its way must yield where room is short
+SLOW_SECONDS = 1.0  # a body that takes longer must yield where room is short
+KEEPALIVE_SECONDS = 30.0  # for a connection to begin a request and to finish its headers
 SHUTDOWN_SECONDS = 1.0  # for answers under way; aiohttp waits it twice, docker stop gives 10 s
+BACKLOG = 128  # connections that wait to be accepted; asyncio tries so many in a row
 OPEN_FILES = 10_000  # a connection is an open file, and the usual limit is 1,024
+COMPLAINT_SECONDS = 60.0  # between two lines about the same trouble with connections
+LOG_QUEUE_BYTES = 4 * MIB  # of lines that wait to be written; what is beyond them is dropped
+LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
+GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 
 
 # --- Validation ------------------------------------------------------------------------------
-# `take` is the only judge, and quick: good events must not pay for the bookkeeping of bad ones. If
-# it says no, `explain` asks it again, field by field, and finds the words. What is stored is not
-# the client's text but what Python understood of it: SQLite does not read all JSON alike.
+# From the bytes of a body to a batch that can be stored, or to the list of all that is wrong. Pure
+# functions, no I/O.
+#
+# There is one judge: `row` looks at the fields of an event, and the store's `encode` at what is
+# inside of its payload. Good events pass once through both. When one of them refuses, `explain`
+# asks the same judge again, field by field, so the two can never disagree.
+#
+# What is stored is not the client's text but what Python understood of it, encoded anew. Parsers
+# differ: SQLite reads duplicated keys and NUL characters in another way than Python does.
+
+Loc = list[str | int]  # where an error is: ["body", "events", 3, "topic"]
+Entry = dict[str, Any]  # one error of a 422, in pydantic's vocabulary, as FastAPI's clients know it
+# A plain tuple, and not one with names: making those would cost a tenth of publishing a batch.
+Row = tuple[str, str, str, str, dict[str, Any]]  # topic, event_id, timestamp, source, payload
+Encode = Callable[[Sequence[Row]], bytes]  # a store's; raises ValueError
 
 
 class Refused(Exception):
-    """A request that is answered with an error; made from status, detail and perhaps headers."""
+    """A request that is answered with an error: the HTTP status, the detail, more headers."""
+
+    def __init__(
+        self, status: int, detail: str | list[Entry], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+        self.headers = headers or {}
 
 
-def refuse_constant(name: str) -> None:
+class Parsed(NamedTuple):
+    """The events of a body, not yet validated."""
+
+    events: list[Any]
+    loc: Loc  # of the list of events; of the event itself where the body is one event
+    is_list: bool
+
+    def loc_of(self, index: int) -> Loc:
+        """Where the event with this index is."""
+        return [*self.loc, index] if self.is_list else self.loc
+
+
+class Batch(NamedTuple):
+    """The validated events of one request; all three in the same order."""
+
+    text: bytes  # what the store's `encode` made of the rows
+    topics: list[str]
+    event_ids: list[str]
+
+
+def refuse_constant(name: str) -> NoReturn:
     """What json calls for three words that it knows and JSON does not."""
     raise ValueError("NaN and Infinity are not JSON")
 
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-# Controls could forge a line of the log, and so could the two separators that Unicode adds.
-NAME = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,%d}" % MAX_NAME_CHARACTERS)
+ENCODER = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
+)
+FIELDS = ("topic", "event_id", "timestamp", "source", "payload")
+FIELDS_OF = itemgetter(*FIELDS)
+# Control characters and line separators could forge a line of the log. Lone surrogates are half
+# a character each, and cannot be written as UTF-8.
+NAME_RULE = re.compile(f"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{{1,{MAX_NAME_CHARACTERS}}}")
+SURROGATE = re.compile("[\ud800-\udfff]")
 # datetime.fromisoformat alone also takes week dates, dates without a time, and a trailing NUL.
 TIMESTAMP = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[T ](?:[01][0-9]|2[0-3]):[0-5][0-9]"
-    r"(?::[0-5][0-9](?:[.,][0-9]+)?)?(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
+    r"(?P<date>[0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]"
+    r"(?P<hour>[01][0-9]|2[0-3]):(?P<minute>[0-5][0-9])"
+    r"(?::(?P<second>[0-5][0-9]|60)(?:[.,][0-9]{1,9})?)?"
+    r"(?:[Zz]|(?P<sign>[+-])(?P<hours>[01][0-9]|2[0-3])(?::?(?P<minutes>[0-5][0-9]))?)?"
 )
-GOOD = dict(topic="t", event_id="1", timestamp="2025-10-24 10:30", source="s", payload={})
-# ",[topic, event_id, timestamp, source, payload]" of each event, in JSON; topics; event_ids.
-Rows = tuple[bytes, list[str], list[str]]
+# What `row` and `encode` raise: a field that is not there, an event that is no object, a name that
+# is no string, a rule that is broken.
+NOT_AN_EVENT = (KeyError, TypeError, AttributeError, ValueError)
+# A good event. With one field taken from a bad event, it tells whether that field is to blame.
+GOOD = {
+    "topic": "t",
+    "event_id": "1",
+    "timestamp": "2025-10-24T10:30:00Z",
+    "source": "s",
+    "payload": {},
+}
 
 
-def validate(bodies: Sequence[bytes]) -> tuple[list[int], bytes, list[str], list[str]]:
-    """How many events each body has, and the Rows of them all; raises Refused (422)."""
-    events, counts = [], []
+def validate(body: bytes, encode: Encode) -> Batch:
+    """The events of a body, ready for the store whose `encode` it is; raises Refused (422)."""
+    parsed = parse(body)
+    rows: list[Row] = []
     try:
-        for body in bodies:
-            if not body:
-                raise Refused(422, [entry(["body"], "missing", "Field required")])
-            found, loc = DECODER.decode(body.decode()), ["body"]
-            if type(found) is dict and "events" in found and "event_id" not in found:
-                found, loc = found["events"], ["body", "events"]
-            elif type(found) is not list:
-                found, loc = [found], []  # the body is itself the event
-            if type(found) is not list:
-                raise Refused(422, [entry(loc, "list_type", "Input should be a valid list")])
-            if not found:
-                why = "List should have at least 1 item after validation, not 0"
-                ctx = {"field_type": "List", "min_length": 1, "actual_length": 0}
-                raise Refused(422, [entry(loc, "too_short", why, ctx)])
-            events += found
-            counts.append(len(found))
-        if rows := take(events):
-            return counts, *rows
-        errors = [*islice(explain(events, loc), 100 if len(bodies) == 1 else 0)]  # or taken apart
-    except (ValueError, RecursionError) as error:
-        why = getattr(error, "msg", getattr(error, "reason", str(error).partition(":")[0]))
-        where = [getattr(error, name) for name in ("pos", "start") if hasattr(error, name)]
-        errors = [entry(["body", *where], "json_invalid", "JSON decode error", {"error": why})]
-    raise Refused(422, errors)
+        for event in parsed.events:
+            rows.append(row(event))
+        text = encode(rows)
+    except NOT_AN_EVENT:
+        raise Refused(422, explain(parsed, rows, encode)) from None
+    return Batch(text, [each[0] for each in rows], [each[1] for each in rows])
 
 
-def take(events: list[Any]) -> Rows | None:
-    """The events as Rows, or None if anything is wrong with any of them."""
-    rows, name, moment = [], NAME.fullmatch, TIMESTAMP.fullmatch
+def parse(body: bytes) -> Parsed:
+    """The events of a body: one event, an object with `events`, or an array; raises Refused."""
+    if not body:
+        raise Refused(422, [entry(["body"], "missing", "Field required")])
+    if is_nested_deeper(body, MAX_NESTING):
+        raise not_json("nested too deeply")
     try:
-        for topic, event_id, timestamp, source, payload in map(itemgetter(*GOOD), events):
-            topic, event_id, source = topic.strip(), event_id.strip(), source.strip()
-            if not (name(topic) and name(event_id) and name(source) and type(payload) is dict):
-                return None
-            date.fromisoformat(moment(timestamp)[1])
-            rows.append((topic, event_id, timestamp, source, payload))
-        text = "," + ENCODER.encode(rows)[1:-1]
-        return text.encode(), [row[0] for row in rows], [row[1] for row in rows]
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return None  # something is missing, of another type, or has no place in a calendar or JSON
+        document = DECODER.decode(body.decode())
+    except UnicodeDecodeError as error:
+        raise not_json(error.reason, error.start) from None
+    except json.JSONDecodeError as error:
+        raise not_json(error.msg, error.pos) from None
+    except ValueError as error:  # NaN, or an integer of more than 4300 digits
+        raise not_json(str(error).partition(":")[0]) from None
+
+    if type(document) is dict and "events" in document and "event_id" not in document:
+        return parsed_list(document["events"], ["body", "events"])
+    if type(document) is list:
+        return parsed_list(document, ["body"])
+    return Parsed([document], ["body"], is_list=False)
 
 
-def explain(events: list[Any], loc: list[Any]) -> Iterator[dict[str, Any]]:
-    """All that is wrong with the events, in order."""
-    for index, event in enumerate(events):
-        here = [*loc, index] if loc else ["body"]
-        if type(event) is not dict:
-            why = "Input should be a valid dictionary or object to extract fields from"
-            yield entry(here, "model_attributes_type", why)
-        elif not take([event]):
-            for field in GOOD:
-                if field not in event:
-                    yield entry([*here, field], "missing", "Field required")
-                elif not take([GOOD | {field: event[field]}]):
-                    yield entry([*here, field], *fault(field, event[field]))
+def parsed_list(events: Any, loc: Loc) -> Parsed:
+    """The events of a list that has some; raises Refused."""
+    if type(events) is not list:
+        raise Refused(422, [entry(loc, "list_type", "Input should be a valid list")])
+    if not events:
+        why = "List should have at least 1 item after validation, not 0"
+        ctx = {"field_type": "List", "min_length": 1, "actual_length": 0}
+        raise Refused(422, [entry(loc, "too_short", why, ctx)])
+    return Parsed(events, loc, is_list=True)
 
 
-def fault(field: str, value: Any) -> tuple[Any, ...]:
-    """What is wrong with a field that `take` does not take: type, msg and perhaps ctx."""
-    kind = {"timestamp": "datetime", "payload": "dict"}.get(field, "string")
-    if type(value) is not type(GOOD[field]):
-        return f"{kind}_type", f"Input should be a valid {kind}".replace("dict", "dictionary")
-    if field == "timestamp":
-        return "datetime_parsing", "Input should be a valid datetime, such as 2025-10-24T10:30:00Z"
-    if field == "payload":
-        text = json.dumps(value, ensure_ascii=False)
-    elif not value:
-        return "string_too_short", "String should have at least 1 character", {"min_length": 1}
-    elif not (text := value.strip()):
-        return "value_error", "Value error, Field cannot be empty or whitespace only"
-    elif len(text) > MAX_NAME_CHARACTERS:
-        return "string_too_long", "String should have at most 512 characters", {"max_length": 512}
-    elif not NAME.fullmatch(text):
-        return "value_error", "Value error, Field cannot contain control characters or line breaks"
-    if re.search("[\ud800-\udfff]", text):
-        why = "Input should be a valid string, unable to parse raw data as a unicode string"
-        return "string_unicode", why
-    return "finite_number", "Input should be a finite number"  # Python reads 1e400 as infinity
+def is_nested_deeper(body: bytes, levels: int) -> bool:
+    """Whether arrays and objects are nested deeper than that, and a parser's stack in danger.
+
+    Python's parser calls itself at each level, and not every version of it stops in time. So this
+    is looked at before, without a stack: strings are cut away, and then pair after pair of
+    brackets, from the inside to the outside.
+    """
+    if body.count(b"[") + body.count(b"{") <= levels:
+        return False  # almost every body
+    body = body.replace(b"\\\\", b"").replace(
+        b'\\"', b""
+    )  # each quote left begins or ends a string
+    marks = body.translate(BRACKETS, NO_MARKS).replace(b'""', b"")
+    brackets = b"".join(marks.split(b'"')[::2])  # every other piece is inside of a string
+    for level in range(levels):
+        inner = brackets
+        brackets = inner.replace(b"[]", b"")
+        if len(brackets) == len(inner):
+            return level + brackets.count(b"[") > levels
+    return bool(brackets)
 
 
-def entry(loc: list[Any], kind: str, msg: str, ctx: Any = None) -> dict[str, Any]:
-    """An entry of a 422's detail, in pydantic's vocabulary, which clients of FastAPI know."""
-    return {"type": kind, "loc": loc, "msg": msg, **({"ctx": ctx} if ctx else {})}
+BRACKETS = bytes.maketrans(b"{}", b"[]")
+NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
+
+
+def row(event: Any) -> Row:
+    """The event as it will be stored; raises one of NOT_AN_EVENT.
+
+    Only `encode` looks inside of the payload.
+    """
+    topic, event_id, timestamp, source, payload = FIELDS_OF(event)
+    topic = topic.strip()
+    event_id = event_id.strip()
+    source = source.strip()
+    is_name = NAME_RULE.fullmatch
+    if not (is_name(topic) and is_name(event_id) and is_name(source)):
+        raise ValueError
+    if type(payload) is not dict:
+        raise TypeError
+    check_timestamp(timestamp)
+    return topic, event_id, timestamp, source, payload
+
+
+def check_timestamp(text: str) -> None:
+    """Raises ValueError, which says why, if it is no ISO 8601 date and time."""
+    match = TIMESTAMP.fullmatch(text)
+    if match is None:
+        raise ValueError("expected YYYY-MM-DDTHH:MM:SS[.fraction][Z or +HH:MM]")
+    try:
+        day = date.fromisoformat(match["date"])
+    except ValueError:
+        raise ValueError("there is no such day") from None
+    if match["second"] == "60" and not is_leap_minute(day, match):
+        raise ValueError("a second of 60 is only in 23:59:60 UTC at the end of a month")
+
+
+def is_leap_minute(day: date, match: re.Match[str]) -> bool:
+    """Whether a leap second can follow this minute: RFC 3339, section 5.7."""
+    moment = datetime(day.year, day.month, day.day, int(match["hour"]), int(match["minute"]))
+    offset = timedelta(hours=int(match["hours"] or 0), minutes=int(match["minutes"] or 0))
+    with contextlib.suppress(OverflowError):  # in the years 1 and 9999
+        utc = moment + offset if match["sign"] == "-" else moment - offset
+        following = utc + timedelta(minutes=1)
+        return (following.day, following.hour, following.minute) == (1, 0, 0)
+    return False
+
+
+def explain(parsed: Parsed, good: list[Row], encode: Encode) -> list[Entry]:
+    """All that is wrong with the events, in their order, at most MAX_ERRORS.
+
+    `good` are the rows before the event at which validation stopped. Looking at them again is
+    only needed if it is one of their payloads that cannot be encoded.
+    """
+    is_encodable = len(good) < len(parsed.events) and can_encode(good, encode)
+    errors: list[Entry] = []
+    for index in range(len(good) if is_encodable else 0, len(parsed.events)):
+        errors += errors_of(parsed.events[index], parsed.loc_of(index), encode)
+        if len(errors) >= MAX_ERRORS:
+            break
+    return errors[:MAX_ERRORS]
+
+
+def can_encode(rows: list[Row], encode: Encode) -> bool:
+    """Whether nothing is wrong inside of the payloads."""
+    try:
+        encode(rows)
+    except ValueError:
+        return False
+    return True
+
+
+def is_good(event: Any, encode: Encode) -> bool:
+    """What the judge says of one event."""
+    try:
+        encode([row(event)])
+    except NOT_AN_EVENT:
+        return False
+    return True
+
+
+def errors_of(event: Any, loc: Loc, encode: Encode) -> Iterator[Entry]:
+    """All that is wrong with one event, its fields in order."""
+    if type(event) is not dict:
+        why = "Input should be a valid dictionary or object to extract fields from"
+        yield entry(loc, "model_attributes_type", why)
+    elif not is_good(event, encode):
+        for name in FIELDS:
+            if name not in event:
+                yield entry([*loc, name], "missing", "Field required")
+            elif not is_good(GOOD | {name: event[name]}, encode):
+                yield fault(name, event[name], [*loc, name])
+
+
+def fault(name: str, value: Any, loc: Loc) -> Entry:
+    """What is wrong with a field that the judge refuses."""
+    if name == "payload":
+        return payload_fault(value, loc)
+    if name == "timestamp":
+        return timestamp_fault(value, loc)
+    if type(value) is not str:
+        return entry(loc, "string_type", "Input should be a valid string")
+    if not value:
+        why = "String should have at least 1 character"
+        return entry(loc, "string_too_short", why, {"min_length": 1})
+    text = value.strip()
+    if not text:
+        why = "Value error, Field cannot be empty or whitespace only"
+        return entry(loc, "value_error", why)
+    if len(text) > MAX_NAME_CHARACTERS:
+        why = f"String should have at most {MAX_NAME_CHARACTERS} characters"
+        return entry(loc, "string_too_long", why, {"max_length": MAX_NAME_CHARACTERS})
+    if SURROGATE.search(text):
+        return not_unicode(loc)
+    why = "Value error, Field cannot contain control characters or line separators"
+    return entry(loc, "value_error", why)
+
+
+def timestamp_fault(value: Any, loc: Loc) -> Entry:
+    """What is wrong with a timestamp."""
+    if type(value) is not str:
+        return entry(loc, "datetime_type", "Input should be a valid datetime")
+    try:
+        check_timestamp(value)
+    except ValueError as why:
+        return entry(loc, "datetime_parsing", f"Input should be a valid datetime, {why}")
+    raise AssertionError("a timestamp that is good was asked about")
+
+
+def payload_fault(value: Any, loc: Loc) -> Entry:
+    """What is wrong with a payload."""
+    if type(value) is not dict:
+        return entry(loc, "dict_type", "Input should be a valid dictionary")
+    if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        return not_unicode(loc)
+    return entry(loc, "finite_number", "Input should be a finite number")  # 1e400 is infinite
+
+
+def not_unicode(loc: Loc) -> Entry:
+    """The error of a text with a lone surrogate in it."""
+    why = "Input should be a valid string, unable to parse raw data as a unicode string"
+    return entry(loc, "string_unicode", why)
+
+
+def not_json(why: str, position: int | None = None) -> Refused:
+    """The answer to a body that is no JSON, with the position where that is known."""
+    loc: Loc = ["body"] if position is None else ["body", position]
+    return Refused(422, [entry(loc, "json_invalid", "JSON decode error", {"error": why})])
+
+
+def entry(loc: Loc, kind: str, message: str, ctx: dict[str, Any] | None = None) -> Entry:
+    """One error of a 422."""
+    error: Entry = {"type": kind, "loc": loc, "msg": message}
+    if ctx is not None:
+        error["ctx"] = ctx
+    return error
 
 
 # --- Store -----------------------------------------------------------------------------------
-# A group goes in with one statement, as one JSON text: sqlite3 lets go of Python's global lock at
-# every step, and has to win it back from a busy event loop. `executemany` was measured at 1 ms a
-# row, this at 13 microseconds (the convoy effect). For the same reason a query returns one row.
+# The database, behind a door: nobody else knows SQL, sqlite3, or what a row looks like. It knows
+# nothing of HTTP and of asyncio; its methods block, and the sections below decide which thread
+# calls what. A second store, on PostgreSQL, is behind the same door in postgres.py.
 
-SCHEMA = """
+JSON = "application/json"  # events with commas between them
+LINES = "application/x-ndjson"  # an event a line
+FEED = "text/event-stream"  # an event a message, with its sequence number for an id
+
+
+class Outcome(NamedTuple):
+    """What became of a group."""
+
+    is_new: bytearray  # for each event, in order: 1 if it was new, 0 if it was a duplicate
+    seconds: float  # that the commit took
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some events, in the order of their sequence numbers."""
+
+    count: int
+    last_seq: int  # of the last event; where there is none, the `after` that was asked for
+    text: bytes  # the events in the form that was asked for: JSON, LINES or FEED
+
+
+class TopicCounts(NamedTuple):
+    """The counters of a topic."""
+
+    topic: str
+    received: int  # acknowledged events, duplicates included
+    unique: int  # stored events
+    duplicates: int  # dropped ones
+
+
+class Totals(NamedTuple):
+    """The same for all topics together."""
+
+    received: int
+    unique: int
+    duplicates: int
+
+
+class Size(NamedTuple):
+    """What the database takes, and how its log fares."""
+
+    database_bytes: int  # with the log
+    log_bytes: int
+    failed_checkpoints: int  # since the start
+
+
+class StoreError(Exception):
+    """Why a store cannot be opened: one line that says what to do."""
+
+
+class Unavailable(Exception):
+    """The database cannot do it now. The message is a reason that may be told to anybody."""
+
+
+class Unstorable(Exception):
+    """The database refuses what is in a group. The message may be told to anybody."""
+
+
+class Store(Protocol):
+    """The door. Each group of methods is called from one thread; the groups run side by side."""
+
+    location: str  # for the first lines of the log, without secrets
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """The rows as `commit` wants them, in a Batch; on the event loop. Raises ValueError."""
+
+    # --- in the writer's thread ---
+
+    def commit(self, batches: Sequence[Batch]) -> Outcome:
+        """Stores a group in one transaction; when this returns, it is on disk.
+
+        An empty group is a probe: it fails if a group would fail. Raises Unavailable or
+        Unstorable; then nothing of the group is stored.
+        """
+
+    # --- in the reader's thread; each raises Unavailable ---
+
+    def last_seq(self) -> int:
+        """The highest sequence number, 0 where there is no event."""
+
+    def page(
+        self, form: str, topic: str | None, after: int, upto: int, limit: int, most_bytes: int
+    ) -> Page:
+        """The next events with after < seq <= upto, of one topic or (None) of all.
+
+        It ends with the event that fills `limit`, PAGE_EVENTS or `most_bytes`.
+        """
+
+    def position(self, topic: str | None, tail: int) -> int:
+        """The sequence number after which the newest `tail` events are."""
+
+    def find(self, topic: str, event_id: str) -> int | None:
+        """The sequence number of the event with this identity."""
+
+    def topics(self, after: str, limit: int) -> list[TopicCounts]:
+        """The next topics by name, in the order of their code points."""
+
+    def totals(self) -> Totals:
+        """The counters of all topics together; at the same cost however many there are."""
+
+    def size(self) -> Size:
+        """What the database takes."""
+
+    # --- in the watcher's thread ---
+
+    def changed(self) -> Collection[str] | None:
+        """Waits, a second or so, for commits of other processes; returns the topics with news.
+
+        None: any topic may have some. Raises Unavailable.
+        """
+
+    # --- in any thread ---
+
+    def wake(self) -> None:
+        """Lets `changed` return soon, for the last time."""
+
+    def close(self) -> None:
+        """Closes the database, when no other method is running any more."""
+
+
+# A group goes into SQLite with one statement, as one JSON text. Python's sqlite3 gives up the
+# global interpreter lock at each step of a statement, and has to get it back from an event loop
+# that hardly ever waits. `executemany` took 1 ms a row beside a busy loop, one statement takes 13
+# microseconds a row. (This is the convoy effect.) For the same reason each query returns one row.
+
+APPLICATION_ID = 0x45764167  # "EvAg": the mark of our files
+SCHEMA_VERSION = 2
+SCHEMA = f"""
     BEGIN IMMEDIATE;
-    CREATE TABLE IF NOT EXISTS topics (  -- with the counters, so /stats costs always the same
-        id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
+    -- The counters change with the events, in the same transaction: so they always add up. The
+    -- row with the empty name, which no topic can have, counts all topics together.
+    CREATE TABLE IF NOT EXISTS topics (
+        id         INTEGER PRIMARY KEY,
+        name       TEXT NOT NULL UNIQUE,
         received   INTEGER NOT NULL,           -- acknowledged events, duplicates included
         duplicates INTEGER NOT NULL DEFAULT 0  -- those that were dropped
     );
-    CREATE TABLE IF NOT EXISTS events (  -- rows are only ever added
-        seq INTEGER PRIMARY KEY,     -- the order of the commits: with gaps, none given twice
-        topic_id INTEGER NOT NULL REFERENCES topics (id), event_id TEXT NOT NULL,
-        timestamp TEXT NOT NULL, source TEXT NOT NULL, payload TEXT NOT NULL,
-        UNIQUE (topic_id, event_id)  -- what random ids pay for; with names, a fifth larger
+    -- Rows are only ever added. With the number of the topic in place of its name, the unique
+    -- index is a fifth smaller; the size of that index is what makes random ids expensive.
+    CREATE TABLE IF NOT EXISTS events (
+        seq       INTEGER PRIMARY KEY,  -- the order of the commits: gaps are allowed
+        topic_id  INTEGER NOT NULL REFERENCES topics (id),
+        event_id  TEXT NOT NULL,
+        timestamp TEXT NOT NULL,
+        source    TEXT NOT NULL,
+        payload   TEXT NOT NULL,        -- JSON
+        UNIQUE (topic_id, event_id)
     );
-    CREATE INDEX IF NOT EXISTS events_of_topic ON events (topic_id);  -- its entries end in the seq
-    PRAGMA user_version = 1;
+    -- Each of its entries ends with the seq, so it leads from an event to the next of its topic.
+    CREATE INDEX IF NOT EXISTS events_of_topic ON events (topic_id);
+    INSERT INTO topics (id, name, received, duplicates)  -- version 1 had no such row
+    SELECT 0, '', ifnull(sum(received), 0), ifnull(sum(duplicates), 0) FROM topics WHERE true
+    ON CONFLICT (id) DO NOTHING;
+    PRAGMA application_id = {APPLICATION_ID};
+    PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
 """
-# For each connection. SQLite copies a page before a statement changes it, to undo half of one.
-PRAGMAS = """
-    PRAGMA synchronous = FULL;          -- COMMIT waits until the log is on the disk
-    PRAGMA fullfsync = ON;              -- macOS: on the disk, and not in its cache
-    PRAGMA temp_store = MEMORY;         -- for those copies: in a file they were half of all writes
-    PRAGMA cache_size = -16384;         -- KiB: the busy part of the index
-    PRAGMA wal_autocheckpoint = 32000;  -- pages, 128 MB: what many groups changed is moved once
+# What tells one of our files from another program's.
+IDENTITY = """
+    SELECT (SELECT application_id FROM pragma_application_id),
+           (SELECT user_version FROM pragma_user_version),
+           (SELECT count(*) FROM sqlite_schema),
+           (SELECT group_concat(name) FROM pragma_table_info('topics')),
+           (SELECT group_concat(name) FROM pragma_table_info('events'))
 """
-# One INSERT into a view is one transaction: what its trigger does is done whole or not at all. The
-# conflict target is named, or a clash of seq would pass for a duplicate. + avoids a slow index.
-GROUP_COMMIT = """
-    CREATE TEMP TABLE outcome AS SELECT 0 AS first, '[]' AS positions;
+OUR_COLUMNS = ("id,name,received,duplicates", "seq,topic_id,event_id,timestamp,source,payload")
+# For each connection. Before a statement changes a page, SQLite copies it, to be able to undo half
+# a statement: in a temporary file these copies were half of all writes.
+PRAGMAS = f"""
+    PRAGMA synchronous = FULL;     -- COMMIT waits until the log is on the disk
+    PRAGMA fullfsync = ON;         -- macOS: on the disk, and not only in its cache
+    PRAGMA temp_store = MEMORY;
+    PRAGMA cache_size = -16384;    -- KiB: the busy part of the index
+    PRAGMA wal_autocheckpoint = 0; -- checkpoints have a thread of their own, below
+    PRAGMA journal_size_limit = {CHECKPOINT_PAGES * 4096};  -- a log that starts anew is cut to it
+"""
+# One INSERT into a view of the writer's own is one transaction: what its trigger does is done
+# whole or not at all. The write lock is taken first, so `first` stays true whatever other processes
+# do to the file. The conflict target is named: without it, a clash of `seq` would pass for a
+# duplicate, and an event would be lost. The + keeps SQLite from walking along a whole index.
+GROUP_TRIGGER = """
+    CREATE TEMP TABLE outcome (first INTEGER, positions TEXT);
+    INSERT INTO outcome DEFAULT VALUES;
     CREATE TEMP VIEW arrivals AS SELECT NULL AS rows, NULL AS topics;
-    CREATE TEMP TRIGGER group_commit INSTEAD OF INSERT ON arrivals BEGIN
-        INSERT INTO topics (name, received, duplicates)  -- duplicates until they are stored
+    CREATE TEMP TRIGGER commit_group INSTEAD OF INSERT ON arrivals BEGIN
+        -- 1. Count: each event is a duplicate until it is stored.
+        INSERT INTO topics (name, received, duplicates)
         SELECT key, value, value FROM json_each(NEW.topics) WHERE true
         ON CONFLICT (name) DO UPDATE SET received = received + excluded.received,
                                          duplicates = duplicates + excluded.duplicates;
-        UPDATE outcome SET first = 1 + (SELECT coalesce(max(seq), 0) FROM events);
+        -- 2. Store: event number n of the group gets the seq first + n.
+        UPDATE outcome SET first = 1 + (SELECT ifnull(max(seq), 0) FROM events);
         INSERT INTO events (seq, topic_id, event_id, timestamp, source, payload)
         SELECT first + key, (SELECT id FROM topics WHERE name = value ->> 0),
                value ->> 1, value ->> 2, value ->> 3, value -> 4
         FROM outcome, json_each(NEW.rows) WHERE true
         ON CONFLICT (topic_id, event_id) DO NOTHING;
+        -- 3. Those that are there now were new.
         UPDATE topics SET duplicates = duplicates - stored
         FROM (SELECT topic_id, count(*) AS stored FROM events
               WHERE seq >= (SELECT first FROM outcome) GROUP BY +topic_id)
         WHERE id = topic_id;
+        UPDATE topics SET duplicates = duplicates -
+            (SELECT count(*) FROM events WHERE seq >= (SELECT first FROM outcome))
+        WHERE id = 0;
         UPDATE outcome SET positions =
             (SELECT json_group_array(seq - first) FROM events WHERE seq >= first);
     END;
 """
 COMMIT_GROUP = "INSERT INTO arrivals VALUES (CAST(? AS TEXT), ?)"
-NEW_POSITIONS = "SELECT positions FROM outcome"
-LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
-TOTALS = """
-    SELECT ifnull(sum(received), 0), ifnull(sum(received - duplicates), 0),
-           ifnull(sum(duplicates), 0), json_group_array(name)
-    FROM (SELECT * FROM topics ORDER BY name)
+GROUP_OUTCOME = "SELECT first, positions FROM outcome"
+PROBE = f"PRAGMA user_version = {SCHEMA_VERSION}"  # it changes nothing, and is written all the same
+CHECKPOINT = "PRAGMA wal_checkpoint(PASSIVE)"  # moves what it can without holding anybody up
+LAST_SEQ = "SELECT ifnull(max(seq), 0) FROM events"
+TOTALS = "SELECT received, received - duplicates, duplicates FROM topics WHERE id = 0"
+TOPICS = """
+    SELECT json_group_array(json_array(name, received, received - duplicates, duplicates))
+    FROM (SELECT * FROM topics WHERE name > :after ORDER BY name LIMIT :limit)
 """
-# How many events, the seq of the last, and their text. The recursion steps from event to event
-# until the page has many small payloads or few large ones; a mere LIMIT could hold 500 of 4 MB.
-PAGE = f"""
-    WITH RECURSIVE page (number, seq, size, item) AS (
-        SELECT 0, :after, 0, NULL UNION ALL
-        SELECT number + 1, events.seq, size + length(payload), {{item}}
-        FROM page JOIN events
-          ON events.seq = (SELECT min(seq) FROM events WHERE {{topic}} seq > page.seq)
-        WHERE number < :limit AND size < {PAGE_BYTES} AND events.seq <= :upto
+FIND = """
+    SELECT max(seq) FROM events
+    WHERE topic_id = (SELECT id FROM topics WHERE name = :topic) AND event_id = :event_id
+"""
+TAIL = "SELECT min(seq) - 1 FROM (SELECT seq FROM events ORDER BY seq DESC LIMIT :tail)"
+TAIL_OF_TOPIC = """
+    SELECT min(seq) - 1 FROM (
+        SELECT seq FROM events WHERE topic_id = (SELECT id FROM topics WHERE name = :topic)
+        ORDER BY seq DESC LIMIT :tail
     )
-    SELECT max(number), max(seq), CAST(group_concat(item, '') AS BLOB) FROM page
 """
-ONE_TOPIC = "topic_id = (SELECT id FROM topics WHERE name = :topic) AND"
-# The payload is JSON already. To have SQLite read it again would cost memory, and time.
-EVENT = """'{"topic":' || json_quote((SELECT name FROM topics WHERE id = topic_id))
+# An event as JSON. Its payload is JSON already: to have SQLite read it again would cost time.
+EVENT = """
+    '{"topic":' || json_quote((SELECT name FROM topics WHERE id = topic_id))
     || ',"event_id":' || json_quote(event_id) || ',"timestamp":' || json_quote(timestamp)
-    || ',"source":' || json_quote(source) || ',"payload":' || payload || '}'"""
-FEED, LINES, ARRAY = "text/event-stream", "application/x-ndjson", "application/json"
-FORMS = {  # the representations of GET /events, and an event in each
-    FEED: f"'id: ' || events.seq || char(10) || 'data: ' || {EVENT} || char(10, 10)",
+    || ',"source":' || json_quote(source) || ',"payload":' || payload || '}'
+"""
+# A page goes from event to event until it is full, so that it holds many small events or few large
+# ones. A mere LIMIT could hold 500 events of 4 MB.
+PAGE = """
+    WITH RECURSIVE page (number, seq, bytes, item) AS (
+        SELECT 0, :after, 0, NULL
+        UNION ALL
+        SELECT number + 1, events.seq, bytes + ifnull(length(CAST(item AS BLOB)), 0), {item}
+        FROM page JOIN events ON events.seq = ({next})
+        WHERE number < :limit AND events.seq <= :upto
+          AND bytes + ifnull(length(CAST(item AS BLOB)), 0) < :most_bytes
+    )
+    SELECT max(number), max(seq), CAST(group_concat(item, '{separator}') AS BLOB) FROM page
+"""
+NEXT = "SELECT min(seq) FROM events WHERE seq > page.seq"
+NEXT_OF_TOPIC = """
+    SELECT min(seq) FROM events
+    WHERE topic_id = (SELECT id FROM topics WHERE name = :topic) AND seq > page.seq
+"""
+ITEM = {  # an event in each of the forms
+    JSON: EVENT,
     LINES: f"{EVENT} || char(10)",
-    ARRAY: f"',' || {EVENT}",
+    FEED: f"'id: ' || events.seq || char(10) || 'data: ' || {EVENT} || char(10, 10)",
 }
+SEPARATOR = {JSON: ",", LINES: "", FEED: ""}
+PAGES = {  # by form, and whether it is of one topic
+    (form, is_of_topic): PAGE.format(
+        item=ITEM[form],
+        separator=SEPARATOR[form],
+        next=NEXT_OF_TOPIC if is_of_topic else NEXT,
+    )
+    for form in (JSON, LINES, FEED)
+    for is_of_topic in (False, True)
+}
+BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+# Programs that split a text into lines may split it at these characters too, and JSON allows them
+# inside of strings. Their escapes mean the same.
+LINE_BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
-class Store:
-    """The SQLite file, by two connections with a thread each: one writes, the other reads."""
+class SqliteStore:
+    """The SQLite file: a Store."""
 
     def __init__(self, path: str) -> None:
-        """Opens the file, or makes it; raises OSError."""
-        options = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False}
-        self.writer, self._reader = ThreadPoolExecutor(1, "writer"), ThreadPoolExecutor(1, "reader")
+        """Opens the file, or makes it; raises StoreError."""
+        self.location = os.path.realpath(path)
+        self._log_path = self.location + "-wal"
+        self._connections: list[sqlite3.Connection] = []
+        self._gone = ""  # why the file is not ours any more: then nothing is stored until a restart
+        self._known_seq = 0  # the highest seq that the writer knows of
+        self._others = False  # another process has stored events since `changed` last looked
+        self._closing = threading.Event()
         try:
-            if sqlite3.sqlite_version_info < (3, 38):
-                raise OSError(f"SQLite {sqlite3.sqlite_version} is older than 3.38")
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            self._write, self._read = (sqlite3.connect(path, **options) for _ in range(2))
-            (tables,) = self._write.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            (version,) = self._write.execute("PRAGMA user_version").fetchone()
-            if version != 1 and (version or tables):
-                raise OSError("it belongs to a newer version of this service, or another program")
-            if self._write.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-                raise OSError("a write-ahead log cannot be kept there")
-            self._write.executescript(PRAGMAS + SCHEMA + GROUP_COMMIT)  # it can be written, then
-            self._read.executescript(PRAGMAS + "PRAGMA query_only = ON")
-        except (OSError, sqlite3.Error) as why:
-            raise OSError(f"cannot use the database {path}: {why}") from why
+            check_sqlite_version()
+            if path == ":memory:":
+                raise StoreError("it would be in memory only; name a file")
+            make_folder(os.path.dirname(self.location))
+            check_is_ours(self.location)
+            self._open()
+        except (OSError, ValueError, sqlite3.Error, StoreError, Unavailable) as why:
+            self._close_connections()
+            raise StoreError(f"cannot use the database {path}: {why}") from why
+        self._checkpoints = Checkpoints(self._connections[-1], self._log_path)
 
-    def commit(self, text: bytes, topics: list[str]) -> tuple[bytearray, float]:
-        """Stores a group, the first two of its Rows; then it is on disk, or raises sqlite3.Error.
+    def _open(self) -> None:
+        """Opens the connections: for the writer, the reader, the watcher and the checkpoints."""
+        deadline = time.monotonic() + OPEN_SECONDS
+        self._writer = self._connect()
+        while True:
+            try:
+                (mode,) = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
+                if mode != "wal":
+                    raise StoreError("a write-ahead log cannot be kept there; use a local disk")
+                self._writer.executescript(SCHEMA)  # always: it proves that the file can be written
+                break
+            except sqlite3.OperationalError as why:  # others may be making the file just now
+                if why.sqlite_errorcode & 0xFF not in BUSY or time.monotonic() > deadline:
+                    raise
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                time.sleep(0.02)
+        self._writer.executescript(GROUP_TRIGGER)
+        self._identities = {path: identity(path) for path in (self.location, self._log_path)}
+        self._reader = self._connect()
+        self._reader.execute("PRAGMA query_only = ON")
+        self._watcher = self._connect()
+        self._watcher.execute("PRAGMA query_only = ON")
+        (self._known_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
+        self._connect()  # for the checkpoints
 
-        Returns a flag for each event (1 new, 0 a duplicate) and the seconds that it took.
-        """
-        started, is_new = time.perf_counter(), bytearray(len(topics))
-        self._write.execute(COMMIT_GROUP, [b"[%b]" % text[1:], json.dumps(Counter(topics))])
-        for position in json.loads(self._write.execute(NEW_POSITIONS).fetchone()[0]):
-            is_new[position] = 1
-        return is_new, time.perf_counter() - started
+    def _connect(self) -> sqlite3.Connection:
+        """A connection without transactions of its own making, for any one thread at a time."""
+        connection = sqlite3.connect(
+            self.location, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        self._connections.append(connection)
+        connection.executescript(PRAGMAS)
+        return connection
 
-    async def read(self, query: str, **values: Any) -> tuple[Any, ...]:
-        """The only row of a query, from the reader's thread."""
-        run = asyncio.get_running_loop().run_in_executor
-        return await run(self._reader, lambda: self._read.execute(query, values).fetchone())
+    @staticmethod
+    def encode(rows: Sequence[Row]) -> bytes:
+        """The rows as a JSON array without its brackets; raises ValueError."""
+        text = ENCODER.encode(rows)[1:-1]
+        for character, escape in LINE_BREAKS.items():
+            text = text.replace(character, escape)
+        return text.encode()
+
+    def commit(self, batches: Sequence[Batch]) -> Outcome:
+        """Stores a group in one transaction."""
+        started = time.perf_counter()
+        topics = list(itertools.chain.from_iterable(batch.topics for batch in batches))
+        is_new = bytearray(len(topics))
+        self._check_file()
+        self._checkpoints.finish(self._writer)
+        try:
+            if topics:
+                rows = b"[%b]" % b",".join(batch.text for batch in batches)
+                counts = Counter(topics)
+                counts[""] = len(topics)
+                self._writer.execute(COMMIT_GROUP, [rows, json.dumps(counts)])
+                first, positions = self._writer.execute(GROUP_OUTCOME).fetchone()
+                for position in json.loads(positions):
+                    is_new[position] = 1
+                self._notice(first, is_new)
+            else:
+                self._writer.execute(PROBE)
+        except sqlite3.Error as why:
+            raise store_error(why) from why
+        self._check_file()  # after the commit: what went into a file that is gone is not stored
+        self._checkpoints.begin_if_due()
+        return Outcome(is_new, time.perf_counter() - started)
+
+    def _notice(self, first: int, is_new: bytearray) -> None:
+        """Remembers where the events end, and whether others have stored some in between."""
+        if first > self._known_seq + 1:
+            self._others = True
+        self._known_seq = first + is_new.rfind(1) if 1 in is_new else first - 1
+
+    def _check_file(self) -> None:
+        """Raises Unavailable if the database or its log is not at its place any more."""
+        for path, known in self._identities.items():
+            if not self._gone and identity(path) != known:
+                what = "database" if path == self.location else "write-ahead log"
+                self._gone = f"the {what} was removed, moved or replaced; start the service again"
+        if self._gone:
+            raise Unavailable(self._gone)
+
+    def last_seq(self) -> int:
+        """The highest sequence number."""
+        return int(self._read(LAST_SEQ)[0])
+
+    def page(
+        self, form: str, topic: str | None, after: int, upto: int, limit: int, most_bytes: int
+    ) -> Page:
+        """The next events, in one of the forms."""
+        count, last_seq, text = self._read(
+            PAGES[form, topic is not None],
+            topic=topic,
+            after=after,
+            upto=upto,
+            limit=min(limit, PAGE_EVENTS),
+            most_bytes=most_bytes,
+        )
+        return Page(count, last_seq, text or b"")
+
+    def position(self, topic: str | None, tail: int) -> int:
+        """The sequence number after which the newest `tail` events are."""
+        query = TAIL if topic is None else TAIL_OF_TOPIC
+        (position,) = self._read(query, topic=topic, tail=tail)
+        return self.last_seq() if position is None else int(position)
+
+    def find(self, topic: str, event_id: str) -> int | None:
+        """The sequence number of the event with this identity."""
+        (seq,) = self._read(FIND, topic=topic, event_id=event_id)
+        return None if seq is None else int(seq)
+
+    def topics(self, after: str, limit: int) -> list[TopicCounts]:
+        """The next topics by name."""
+        (found,) = self._read(TOPICS, after=after, limit=limit)
+        return [TopicCounts(*counts) for counts in json.loads(found)]
+
+    def totals(self) -> Totals:
+        """The counters of all topics together."""
+        return Totals(*self._read(TOTALS))
+
+    def size(self) -> Size:
+        """What the file and its log take."""
+        log_bytes = size_of(self._log_path)
+        database_bytes = size_of(self.location) + log_bytes
+        return Size(database_bytes, log_bytes, self._checkpoints.failed)
+
+    def _read(self, query: str, **values: Any) -> Any:
+        """The only row of a query, by the reader's connection."""
+        try:
+            return self._reader.execute(query, values).fetchone()
+        except sqlite3.Error as why:
+            raise Unavailable(str(why)) from why
+
+    def changed(self) -> Collection[str] | None:
+        """Looks once a second whether another process has stored events."""
+        self._closing.wait(WATCH_SECONDS)
+        self._check_file()
+        try:
+            (last_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
+        except sqlite3.Error as why:
+            raise Unavailable(str(why)) from why
+        if last_seq <= self._known_seq and not self._others:
+            return ()
+        self._others = False
+        self._known_seq = max(self._known_seq, last_seq)
+        return None
+
+    def wake(self) -> None:
+        """Lets `changed` return."""
+        self._closing.set()
 
     def close(self) -> None:
         """Closes the file; the last connection to go moves the log into it and removes the log."""
-        for thread, connection in (self._reader, self._read), (self.writer, self._write):
-            thread.shutdown()
+        self._checkpoints.close()
+        self._close_connections()
+
+    def _close_connections(self) -> None:
+        """Closes what was opened, the writer last."""
+        for connection in reversed(self._connections):
             connection.close()
 
 
+class Checkpoints:
+    """Moves the log into the database while the writer goes on, in a thread of its own.
+
+    SQLite would do it in the commit that happens to pass a mark, and everybody would wait for 0.1
+    to 0.2 s. Here a connection of its own moves what it can, again and again, until little is
+    left. The writer does the last step between two commits, because only when everything is moved
+    does the log start anew from its beginning.
+
+    Nothing here can lose an event. If a checkpoint fails, or another program's open transaction
+    holds it up, then the log grows, and that is all.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, log_path: str) -> None:
+        self.failed = 0
+        self._connection = connection
+        self._log = io.FileIO(log_path)
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+        self._frame_bytes = 24 + page_bytes  # a frame of the log: its header and a page
+        self._salt = b""  # of the log as it is now: each time that it starts anew, it changes
+        self._due_pages = CHECKPOINT_PAGES  # the length at which the next one is due
+        self._is_due = threading.Event()
+        self._is_last_step = False  # the writer's turn
+        self._is_closing = False
+        self._is_failing = False
+        self._is_warned = False
+        self._thread = threading.Thread(target=self._keep_moving, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def begin_if_due(self) -> None:
+        """Wakes the thread if the log is long; by the writer, after each commit.
+
+        The file does not get shorter when the log starts anew: it is overwritten. So its length
+        tells nothing. But each frame carries the salt of its log, and two short reads tell whether
+        the frame at the mark belongs to the log of today.
+        https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+        """
+        if self._is_due.is_set() or self._is_last_step:
+            return
+        self._log.seek(16)
+        salt = self._log.read(8)
+        if salt != self._salt:
+            self._salt = salt
+            self._due_pages = CHECKPOINT_PAGES
+        self._log.seek(32 + (self._due_pages - 1) * self._frame_bytes + 8)
+        if self._log.read(8) == salt:
+            self._is_due.set()
+
+    def finish(self, writer: sqlite3.Connection) -> None:
+        """The last step, by the writer between two commits, when little is left."""
+        if self._is_last_step:
+            self._is_last_step = False
+            self._move(writer)
+
+    def _keep_moving(self) -> None:
+        """The thread."""
+        while True:
+            self._is_due.wait()
+            if self._is_closing:
+                return
+            for _ in range(CHECKPOINT_ROUNDS):
+                rest = self._move(self._connection)
+                if rest <= CHECKPOINT_REST_PAGES or self._is_failing:
+                    break
+            self._is_last_step = not self._is_failing
+            self._is_due.clear()
+
+    def _move(self, connection: sqlite3.Connection) -> int:
+        """Moves what nobody needs in the log; returns how many pages are left.
+
+        It sets the next mark, so that a checkpoint that is held up is not tried at each commit.
+        """
+        try:
+            _, pages, moved = connection.execute(CHECKPOINT).fetchone()
+        except sqlite3.Error as why:
+            if self._is_closing:
+                return 0
+            self.failed += 1
+            self._due_pages += CHECKPOINT_PAGES // 4
+            if not self._is_failing:
+                log.error("Checkpoints fail, so the write-ahead log grows: %s", why)
+            self._is_failing = True
+            return 0
+        if self._is_failing:
+            log.warning("Checkpoints work again")
+        self._is_failing = False
+        self._due_pages = max(CHECKPOINT_PAGES, pages + CHECKPOINT_PAGES // 4)
+        self._warn(pages)
+        return int(pages - moved)
+
+    def _warn(self, pages: int) -> None:
+        """Says once that the log has become very long."""
+        is_long = pages * self._frame_bytes > WARN_LOG_BYTES
+        if is_long and not self._is_warned:
+            size = pages * self._frame_bytes / 1e9
+            why = "another program's open transaction may hold it"
+            log.warning("The write-ahead log has grown to %.1f GB: %s", size, why)
+        self._is_warned = is_long
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._is_closing = True
+        self._is_due.set()
+        self._connection.interrupt()
+        self._thread.join()
+        self._log.close()
+
+
+def check_sqlite_version() -> None:
+    """Raises StoreError if SQLite lacks what the statements need."""
+    if sqlite3.sqlite_version_info < (3, 38):
+        raise StoreError(f"SQLite {sqlite3.sqlite_version} is older than 3.38; use a newer Python")
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder and those above it, and sees to it that a power cut does not undo it."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    make_folder(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_is_ours(path: str) -> None:
+    """Raises StoreError if the file is there and belongs to another program.
+
+    It only reads, so a file that is not ours stays as it is.
+    """
+    if size_of(path) == 0:
+        return
+    with contextlib.closing(
+        sqlite3.connect(Path(path).as_uri() + "?mode=ro", uri=True, timeout=OPEN_SECONDS)
+    ) as connection:
+        application, version, tables, *columns = connection.execute(IDENTITY).fetchone()
+    if application == APPLICATION_ID and version > SCHEMA_VERSION:
+        raise StoreError("a newer version of this service made it; use that version")
+    is_new = (application, version, tables) == (0, 0, 0)
+    is_ours = application == APPLICATION_ID or (application, version) == (0, 1)
+    if not is_new and not (is_ours and tuple(columns) == OUR_COLUMNS):
+        raise StoreError("it belongs to another program; name another file")
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from every other one; None if there is no file."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as why:
+        raise Unavailable(f"the database cannot be looked at: {why.strerror}") from why
+    return status.st_dev, status.st_ino
+
+
+def size_of(path: str) -> int:
+    """The size of a file in bytes, 0 if there is none."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def store_error(why: sqlite3.Error) -> Unavailable | Unstorable:
+    """What a failed commit means. SQLite's messages name no paths."""
+    is_too_big = getattr(why, "sqlite_errorcode", 0) == sqlite3.SQLITE_TOOBIG
+    if is_too_big or str(why) == "malformed JSON":
+        return Unstorable(str(why))
+    return Unavailable(str(why))
+
+
+def open_store(db: str) -> Store:
+    """The store that the setting names; raises StoreError."""
+    if not db.startswith(("postgresql://", "postgres://")):
+        return SqliteStore(db)
+    # Run as a program, this module is called __main__. postgres.py has to find the same module
+    # under its own name, and not a second copy with other classes.
+    sys.modules.setdefault("aggregator", sys.modules[__name__])
+    import postgres
+
+    store: Store = postgres.PostgresStore(db)
+    return store
+
+
 # --- Group commit ----------------------------------------------------------------------------
-# An fsync takes a disk a third of a millisecond to ten; one for each request would be the end of
-# all speed. So the writer commits all that is ready as one group, while the consumer makes ready
-# what arrives meanwhile. Groups grow with the load by themselves: there is no timer, and a lone
-# request waits for nobody. PostgreSQL, MySQL and Kafka's brokers do the same.
+# Queue, consumer, writer, futures. An fsync takes a disk a third of a millisecond to ten. With one
+# for each request, a few hundred requests a second would be the end. So the writer commits all
+# requests that are ready as one group. While it waits for the disk, the next group gathers: groups
+# grow with the load by themselves. There is no timer, and a lone request waits for nobody.
+# PostgreSQL, MySQL and Kafka's brokers do the same.
+#
+# The writer takes its groups from a queue of its own, and does not ask the event loop for each of
+# them: that took a third of a millisecond from one group to the next.
 
 AGAIN = {"Retry-After": "1"}  # with 503: nothing is stored, and to send the same again is safe
-Request = tuple[bytes, asyncio.Future[bytearray]]  # a body; for each event, whether it was new
+
+
+class Counts(NamedTuple):
+    """What a 202 tells: how many events a request had, and how many of them were new."""
+
+    received: int
+    unique: int
+
+
+class Request(NamedTuple):
+    """A validated request on its way to the disk."""
+
+    batch: Batch
+    size: int  # bytes of its body
+    answer: asyncio.Future[Counts | Refused]  # resolved when its events are on disk, or are not
+
+
+def unavailable(detail: str) -> Refused:
+    """The answer to a request that may be sent again."""
+    return Refused(503, detail, AGAIN)
+
+
+class Histogram:
+    """How often a value was in which range, for GET /metrics."""
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # one for each range; the last is above all bounds
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts a value in the first range whose bound is not below it."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class Health:
+    """What fails now. The log says it when that begins and when it ends, and not at each request."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}  # what fails - why
+
+    def fails(self, what: str, reason: str, error: BaseException | None = None) -> None:
+        """Notes that something fails; `error` is one that nobody expected, for its traceback."""
+        if self._reasons.get(what) != reason:
+            log.error("%s fail: %s", what, reason, exc_info=error)
+        self._reasons[what] = reason
+
+    def works(self, what: str) -> None:
+        """Notes that something works."""
+        if what in self._reasons:
+            del self._reasons[what]
+            log.warning("%s work again", what)
+
+    def reason(self, what: str) -> str | None:
+        """Why this fails; None if it works."""
+        return self._reasons.get(what)
+
+    @property
+    def reasons(self) -> str:
+        """Why anything fails; empty if all is well."""
+        return "; ".join(f"{what} fail: {reason}" for what, reason in self._reasons.items())
+
+
+COMMITS = "Commits"  # what Health knows of
+READS = "Reads"
+NEWS = "Looks for news"
 
 
 class GroupCommit:
-    """Commits the requests of its queue in groups."""
+    """Takes in the bodies of requests one by one, and commits them in groups."""
 
-    def __init__(self, store: Store) -> None:
-        self._store, self.stopping = store, False
-        self.queue: asyncio.Queue[Request] = asyncio.Queue()
-        self.ready: deque[tuple[Any, ...]] = deque()  # some requests, and what validate returned
-        self.news: Any = WeakValueDictionary()  # by topic (None: any), the future of a new event
-        self.failure: str | None = None  # why the last commit failed, None if it did not
-        self.seconds: Counter[float] = Counter()  # that commits took - how many commits
-        self.events: Counter[int] = Counter()  # in a group - how many groups
+    def __init__(self, store: Store, health: Health) -> None:
+        self.seconds = Histogram(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+        self.events = Histogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+        self.is_stopping = False
+        self._store = store
+        self._health = health
+        self._queue: asyncio.Queue[Request] = asyncio.Queue()
+        self._ready: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._submitted = 0  # requests; the event loop counts these
+        self._taken = 0  # requests; the writer counts these
+        # What live feeds wait for, by topic (None: any). Weak: it is gone with the last one.
+        self._next_events: weakref.WeakValueDictionary[str | None, asyncio.Future[None]] = (
+            weakref.WeakValueDictionary()
+        )
 
-    async def run(self, app: web.Application) -> AsyncIterator[None]:
-        """Runs the consumer; at the end, until the last request is committed."""
-        self._loop, consumer = asyncio.get_running_loop(), asyncio.create_task(self._consume())
-        yield
-        await self.queue.join()
-        consumer.cancel()
-        self._store.close()
+    async def start(self) -> None:
+        """Starts the consumer, the writer and the watcher; raises RuntimeError without threads."""
+        self._loop = asyncio.get_running_loop()
+        self.crashed: asyncio.Future[None] = self._loop.create_future()
+        self._writer_thread = ThreadPoolExecutor(1, "writer")
+        self._watcher_thread = ThreadPoolExecutor(1, "watcher")
+        self._writer = self._loop.run_in_executor(self._writer_thread, self._write)
+        self._consumer = asyncio.create_task(self._consume(), name="consumer")
+        self._watcher = asyncio.create_task(self._watch(), name="watcher")
+        for worker in (self._writer, self._consumer, self._watcher):
+            worker.add_done_callback(self._notice_end)
+
+    def _notice_end(self, worker: asyncio.Future[None]) -> None:
+        """No worker ends before the stop. If one does, the process must not go on without it."""
+        if self.is_stopping or self.crashed.done():
+            return
+        why = None if worker.cancelled() else worker.exception()
+        self._health.fails(COMMITS, "a worker of this process has ended", why)
+        self.crashed.set_result(None)
+
+    async def submit(self, body: bytes) -> Counts:
+        """Returns when the events of a body are on disk.
+
+        Raises Refused: 422 if they are not good, 503 if they could not be stored.
+        """
+        batch = validate(body, self._store.encode)
+        size = len(body)
+        del body  # the batch is all that is needed from here on
+        answer = await self._enqueue(batch, size)
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    def _enqueue(self, batch: Batch, size: int) -> asyncio.Future[Counts | Refused]:
+        answer: asyncio.Future[Counts | Refused] = self._loop.create_future()
+        self._submitted += 1
+        self._queue.put_nowait(Request(batch, size, answer))
+        return answer
+
+    @property
+    def queued(self) -> int:
+        """The requests that wait for the writer."""
+        return self._submitted - self._taken
 
     async def _consume(self) -> None:
-        """The consumer: makes ready all that waits, and wakes the writer, for ever."""
+        """The consumer: hands on all that waits, for ever.
+
+        It runs when the handlers of this turn of the event loop have queued their requests. So the
+        writer, who then wakes, finds all of them ready.
+        """
         while True:
-            group, size = [await self.queue.get()], 0
-            while not self.queue.empty() and (size := size + len(group[-1][0])) < MAX_GROUP_BYTES:
-                group.append(self.queue.get_nowait())
-            try:
-                self.ready.append((group, *validate([body for body, _ in group])))
-                self._loop.run_in_executor(self._store.writer, self._write)
-            except Exception:  # to be found out by the writer: which of them are bad
-                self._loop.run_in_executor(self._store.writer, self._commit, group)
+            self._ready.put(await self._queue.get())
 
     def _write(self) -> None:
-        """The writer, in its thread: commits all that is ready by now."""
-        while self.ready:
-            group = self.ready.popleft()
-            while self.ready and len(group[2]) < MAX_GROUP_BYTES:
-                group = (*map(add, group, self.ready.popleft()),)
-            self._commit(*group)
+        """The writer, in its thread: commits all that is ready, until it is told to end."""
+        while (request := self._ready.get()) is not None:
+            group = [request]
+            size = request.size
+            while size < MAX_GROUP_BYTES and not self._ready.empty():
+                request = self._ready.get()
+                if request is None:  # never: it is the last, and put when all are answered
+                    return
+                group.append(request)
+                size += request.size
+            self._taken += len(group)
+            self._commit(group)
+            del group, request  # while the writer waits, it holds nothing
 
-    def _commit(self, group: list[Request], *valid: Any) -> None:
-        """Stores a group, and has the event loop answer it; halves a bad one, to the culprits."""
+    def _commit(self, group: list[Request]) -> None:
+        """In the writer's thread: stores a group, and has the event loop answer it."""
         try:
-            if self.stopping and self.failure:  # the disk had its chance, and time is short
-                raise sqlite3.OperationalError(self.failure)
-            counts, *rows = valid or validate([body for body, _ in group])
-            outcome = self._store.commit(*rows[:2])
-        except Exception as why:
-            if len(group) > 1 and (isinstance(why, Refused) or str(why) == "malformed JSON"):
-                self._commit(group[: len(group) // 2])
-                self._commit(group[len(group) // 2 :])
+            failure = self._health.reason(COMMITS)
+            if self.is_stopping and failure:  # the disk had its chance, and time is short
+                raise Unavailable(failure)
+            batches = [request.batch for request in group if request.batch.topics]
+            outcome = self._store.commit(batches)
+        except Unstorable as why:
+            if len(group) > 1:  # find the one that it is: the others are to be stored
+                half = len(group) // 2
+                self._commit(group[:half])
+                self._commit(group[half:])
             else:
-                self._loop.call_soon_threadsafe(self._refuse, group, why)
+                ctx = {"error": str(why)}
+                errors = [entry(["body"], "json_invalid", "JSON decode error", ctx)]
+                self._call(self._refuse, group, Refused(422, errors))
+        except Unavailable as why:
+            self._call(self._fail, group, str(why), None)
+        except Exception as why:  # noqa: BLE001 - whatever it is, each client gets an answer
+            self._call(self._fail, group, type(why).__name__, why)
         else:
-            self._loop.call_soon_threadsafe(self._answer, group, counts, rows, *outcome)
+            self._call(self._answer, group, outcome)
 
-    def _answer(self, group: list[Request], counts: list[int], rows: Rows, *outcome: Any) -> None:
-        """Tells each request which of its events are new; then the metrics, live feeds, log."""
-        end, (is_new, took) = 0, outcome
-        for (_, future), count in zip(group, counts):
-            self.queue.task_done()
-            if not future.done():  # done: nobody waits; its events are stored all the same
-                future.set_result(is_new[end : end + count])
-            end += count
-        if self.failure:
-            log.warning("Commits work again")
-        self.failure = None
-        self.seconds[round(took, 5)] += 1
-        self.events[len(is_new)] += 1
-        for topic in {None, *compress(rows[1], is_new)} if self.news and any(is_new) else ():
-            if news := self.news.pop(topic, None):
-                news.set_result(None)
-        lines = [f" event: topic={topic}, event_id={id}" for topic, id in zip(*rows[1:])]
-        if new := "\nProcessed new".join(compress(lines, is_new)):
-            log.info("Processed new%s", new)  # one record of many lines, as each costs 6 µs
-        if duplicates := "\nDropped duplicate".join(compress(lines, map(not_, is_new))):
-            log.warning("Dropped duplicate%s", duplicates)
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Has the event loop call a function."""
+        self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _refuse(self, group: list[Request], why: Exception) -> None:
-        """Tells each request why it is not stored; and the log, once, if it is for the disk."""
-        if str(why) == "malformed JSON":  # SQLite's parser gives up earlier than Python's may
-            ctx = {"error": "nested too deeply"}
-            why = Refused(422, [entry(["body"], "json_invalid", "JSON decode error", ctx)])
-        elif not isinstance(why, Refused):
-            # SQLite's messages name no paths. Those of other errors might, and stay in the log.
-            reason = str(why) if isinstance(why, sqlite3.Error) else type(why).__name__
-            if reason != self.failure:
-                log.error("Commits fail: %s", why, exc_info=None if reason == str(why) else why)
-            self.failure = reason
-            why = Refused(503, f"The database cannot be written: {reason}", AGAIN)
-        for _, future in group:
-            self.queue.task_done()
-            if not future.done():
-                future.set_exception(Refused(*why.args))  # without a traceback, which holds bodies
+    def _answer(self, group: list[Request], outcome: Outcome) -> None:
+        """On the event loop: tells each request what became of its events."""
+        self._health.works(COMMITS)
+        start = 0
+        for request in group:
+            end = start + len(request.batch.topics)
+            self._resolve(request, Counts(end - start, outcome.is_new.count(1, start, end)))
+            start = end
+        if outcome.is_new:  # it was no probe
+            self.seconds.observe(outcome.seconds)
+            self.events.observe(len(outcome.is_new))
+            self._loop.call_soon(self._announce, group, outcome)  # when the answers are out
+
+    def _announce(self, group: list[Request], outcome: Outcome) -> None:
+        """Tells the live feeds and the log about a group."""
+        topics = list(itertools.chain.from_iterable(each.batch.topics for each in group))
+        if self._next_events and 1 in outcome.is_new:
+            self._tell({None, *itertools.compress(topics, outcome.is_new)})
+        event_ids = itertools.chain.from_iterable(each.batch.event_ids for each in group)
+        log_events(topics, event_ids, outcome.is_new)
+
+    def _fail(self, group: list[Request], reason: str, error: Exception | None) -> None:
+        """On the event loop: the database could not store a group."""
+        self._health.fails(COMMITS, reason, error)
+        self._refuse(group, unavailable(f"The database cannot be written: {reason}"))
+
+    def _refuse(self, group: list[Request], refusal: Refused) -> None:
+        """On the event loop: tells each request why nothing of it is stored."""
+        for request in group:  # each has an error of its own, as it will get a traceback of its own
+            answer = Refused(refusal.status, refusal.detail, refusal.headers)
+            self._resolve(request, answer)
+
+    def _resolve(self, request: Request, answer: Counts | Refused) -> None:
+        self._queue.task_done()
+        if not request.answer.done():  # done: nobody waits; its events are stored all the same
+            request.answer.set_result(answer)
+
+    def next_event(self, topic: str | None) -> asyncio.Future[None]:
+        """Resolved when the next new event of the topic (None: of any) is on disk.
+
+        Or earlier, for no reason: whoever waits looks into the database in any case.
+        """
+        future = self._next_events.get(topic)
+        if future is None:
+            future = self._loop.create_future()
+            self._next_events[topic] = future
+        return future
+
+    def _tell(self, topics: Collection[str | None]) -> None:
+        for topic in topics:
+            future = self._next_events.pop(topic, None)
+            if future is not None:
+                future.set_result(None)
+
+    async def _watch(self) -> None:
+        """Looks for commits of other processes; while something fails, tries whether it works.
+
+        Only a commit can tell that commits work again. A balancer that obeys GET /health sends
+        none to a service that is failing, so the service has to try for itself.
+        """
+        while not self.is_stopping:
+            run = self._loop.run_in_executor(self._watcher_thread, self._store.changed)
+            try:
+                topics = await run
+            except Unavailable as why:
+                self._health.fails(NEWS, str(why))
+                await asyncio.sleep(WATCH_SECONDS)
+            else:
+                self._health.works(NEWS)
+                self._tell(list(self._next_events) if topics is None else [*topics, None])
+            if self._health.reason(COMMITS) and not self.is_stopping:
+                await self._enqueue(Batch(b"", [], []), 0)
+
+    def stop(self) -> None:
+        """Lets the live feeds end. What was submitted will be stored."""
+        self.is_stopping = True
+        self._tell(list(self._next_events))
+        self._store.wake()
+
+    async def finish(self) -> None:
+        """Returns when all that was submitted is answered and the threads have ended."""
+        self.is_stopping = True
+        if not self.crashed.done():
+            await self._queue.join()
+        self._consumer.cancel()
+        self._ready.put(None)
+        await asyncio.wait([self._writer, self._watcher])
+        self._writer_thread.shutdown()
+        self._watcher_thread.shutdown()
+
+
+def log_events(topics: Sequence[str], event_ids: Iterator[str], is_new: bytearray) -> None:
+    """Logs what became of each event: a record of many lines, since a record costs 6 µs."""
+    if not log.isEnabledFor(logging.WARNING):
+        return
+    events = [f"topic={topic}, event_id={event_id}" for topic, event_id in zip(topics, event_ids)]
+    new = itertools.compress(events, is_new)
+    dropped = (event for event, flag in zip(events, is_new) if not flag)
+    if log.isEnabledFor(logging.INFO) and 1 in is_new:
+        log.info("%s", "\n".join(f"Processed new event: {event}" for event in new))
+    if 0 in is_new:
+        log.warning("%s", "\n".join(f"Dropped duplicate event: {event}" for event in dropped))
 
 
 # --- HTTP ------------------------------------------------------------------------------------
-# Memory is bounded by bytes in flight: a body counts from before it is read until it is committed,
-# and is refused where there is no room. aiohttp's own reading takes a truncated gzip for whole.
+# Admission, the representations of what is read, and the handlers. Bodies are read here and not by
+# request.read(): to refuse them before they take memory, and because aiohttp takes a truncated
+# gzip for whole.
 
-WINDOW_BITS = {"identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
-DASHBOARD = os.path.join(os.path.dirname(__file__), "dashboard.html")
-RECEIPT = (
-    "HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-    "Connection: %s\r\nDate: %s\r\n\r\n%s"
-)
+HTML = "text/html"
+READ_FORMS = {  # what a reader may ask for in Accept, and what it gets
+    JSON: JSON,
+    LINES: LINES,
+    "application/ndjson": LINES,
+    "application/jsonl": LINES,
+    FEED: FEED,
+}
+WINDOW_BITS = {"": 0, "identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
+NO_STORE = {"Cache-Control": "no-store"}
+HERE = os.path.dirname(os.path.realpath(__file__))  # also where it is run through a link
 
 
-class Sent(NamedTuple):
-    """All that aiohttp asks of a response, for one that is on its way already."""
+class Admission:
+    """Room in memory for the bodies of requests, by their bytes.
 
-    keep_alive: bool
+    A body takes room as it arrives, until its events are committed. So a sender that announces
+    much and sends little takes little. Where the room is used up, bodies that have been arriving
+    for long must go, so that senders of half a body keep nobody out.
+    """
 
-    async def prepare(self, request: Any = None) -> None:
-        """Nothing is left to do."""
+    def __init__(self, most_bytes: int) -> None:
+        self.in_flight_bytes = 0
+        self._most_bytes = most_bytes
+        self._arriving: dict[asyncio.Timeout, float] = {}  # bodies: since when
 
-    write_eof = prepare
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Share]:
+        """The room of one request; given back at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self.in_flight_bytes -= share.size
+
+    def take(self, size: int) -> None:
+        """Takes room for some bytes; raises Refused (503) where there is none."""
+        if self.in_flight_bytes + size > self._most_bytes:
+            self.hurry(SLOW_SECONDS)
+            raise unavailable("Too many bytes in flight")
+        self.in_flight_bytes += size
+
+    @contextlib.contextmanager
+    def arriving(self, deadline: asyncio.Timeout) -> Iterator[None]:
+        """A body is arriving while this lasts."""
+        self._arriving[deadline] = asyncio.get_running_loop().time()
+        try:
+            yield
+        finally:
+            del self._arriving[deadline]
+
+    def hurry(self, seconds: float) -> None:
+        """Ends the wait for the bodies that have been arriving for so long."""
+        latest = asyncio.get_running_loop().time() - seconds
+        for deadline, since in self._arriving.items():
+            if since <= latest and not deadline.expired():
+                deadline.reschedule(HURRIED)
+
+
+class Share:
+    """The room that one request takes."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.size = 0
+        self._admission = admission
+
+    def grow(self, size: int) -> None:
+        """Takes more room, or less; raises Refused (503)."""
+        self._admission.take(size)
+        self.size += size
+
+
+HURRIED = 0.0  # on the event loop's clock: long ago, and so no deadline that BODY_SECONDS makes
+
+
+class Asked(NamedTuple):
+    """What a reader of GET /events asks for."""
+
+    form: str  # JSON, LINES or FEED
+    topic: str | None  # None: all
+    after: int
+    upto: int
+    limit: int
+    is_from_now: bool  # a feed that begins with what comes: it is told its position
+
+
+class Place(NamedTuple):
+    """Where a reader is: readers at the same place at the same time share a page."""
+
+    form: str
+    topic: str | None
+    after: int
+    upto: int
+    limit: int
+    # What a live feed waits for after this page. A page that was read before an event must not
+    # be shared with a feed that waits for the one after it.
+    next_event: asyncio.Future[None] | None
+
+
+class Metric(NamedTuple):
+    """A metric of GET /metrics."""
+
+    name: str
+    kind: str
+    meaning: str
+    samples: Mapping[str, float]  # by what follows the name: labels, or _sum
 
 
 class Api:
     """The handlers, with what they share."""
 
-    def __init__(self, settings: Settings, store: Store, commits: GroupCommit) -> None:
-        self._settings, self._store, self._commits = settings, store, commits
-        self._bearer = settings.api_token and f"bearer {settings.api_token}".encode()
-        self._started, self._in_flight_bytes = time.time(), 0
-        self._arriving: dict[StreamReader, float] = {}  # bodies on their way, since when
-        self._refusals: Counter[int] = Counter()  # by status, for GET /metrics
-        self._feeds = self._idle = 0  # live feeds, and those that wait for news
-        self._pages: dict[Any, asyncio.Future[Any]] = {}  # that are being read, by their place
+    def __init__(
+        self, settings: Settings, store: Store, health: Health, commits: GroupCommit
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._health = health
+        self._commits = commits
+        self._admission = Admission(settings.max_in_flight_bytes)
+        self._reader_thread = ThreadPoolExecutor(1, "reader")
+        self._refusals: Counter[int] = Counter()  # by status
+        self._started = time.time()
+        self._started_ticks = time.monotonic()
+        self._subscribers = 0
+        self._idle_subscribers = 0  # those that wait for the next event
+        self._readers = 0  # answers that are being streamed
+        self._held_bytes = 0  # of them, until their readers have taken them
+        self._has_room = asyncio.Event()
+        self._turn = asyncio.Lock()  # one reads at a time, so that the room holds
+        self._pages: dict[Place, asyncio.Task[Page]] = {}  # that are being read now
+        self._page_html = read_beside("dashboard.html")
+        self._openapi = read_beside("openapi.json")
+
+    async def start(self) -> None:
+        """Starts the reader's thread, before anybody asks; raises RuntimeError without one."""
+        await self._read(self._store.last_seq)
+
+    def finish(self) -> None:
+        """Ends the reader's thread."""
+        self._reader_thread.shutdown()
+
+    # --- middlewares ---
 
     @web.middleware
-    async def answer_errors(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """Lets in who may come in, and answers every error as {"detail": …}."""
+    async def answer_errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Answers every error as {"detail": …}."""
         try:
-            if self._bearer and (request.path != "/" or request.method not in ("GET", "HEAD")):
-                scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-                given = f"{scheme.lower()} {token.strip()}".encode(errors="surrogateescape")
-                if not hmac.compare_digest(given, self._bearer):  # the time it takes tells nothing
-                    raise Refused(401, "Missing or wrong API token", {"WWW-Authenticate": "Bearer"})
             return await handler(request)
         except Refused as why:
-            status, detail, *headers = why.with_traceback(None).args  # its frames hold a body
+            why.__traceback__ = None  # its frames hold the body
+            return self._refuse(request, why)
         except web.HTTPException as why:  # 404 and 405
-            status, detail = why.status, why.reason
-            headers = [{"Allow": why.headers["Allow"]}] if "Allow" in why.headers else []
-        except sqlite3.Error as why:
-            status, detail, *headers = 503, f"The database cannot be read: {why}", AGAIN
-        except ConnectionError as why:  # the client has gone
-            raise why.with_traceback(None)  # its frames hold a page
+            allow = why.headers.get("Allow")
+            return self._refuse(
+                request, Refused(why.status, why.reason, {"Allow": allow} if allow else None)
+            )
+        except ConnectionError as why:  # the client is gone, or its answer was broken off
+            raise why.with_traceback(None)  # whose frames hold a page
         except Exception:
             log.exception("A fault of this program")
-            status, detail, *headers = 500, "Internal Server Error"
-        if request.writer.output_size:  # the answer has begun: break it off rather than mend it
-            raise ConnectionError
-        self._refusals[status] += 1
-        return web.json_response({"detail": detail}, status=status, headers=dict(*headers))
+            return self._refuse(request, Refused(500, "Internal Server Error"))
 
-    async def publish(self, request: web.Request) -> Sent:
+    def _refuse(self, request: web.Request, refusal: Refused) -> web.Response:
+        """The answer to a request that is refused."""
+        self._refusals[refusal.status] += 1
+        detail = {"detail": refusal.detail}
+        if log.isEnabledFor(logging.DEBUG):
+            path = json.dumps(request.path)  # in ASCII and quotes: nothing in it can forge a line
+            reason = json.dumps(refusal.detail)
+            log.debug("Refused %s %s: %d %s", request.method, path, refusal.status, reason)
+        headers = NO_STORE | dict(refusal.headers)
+        return web.json_response(detail, status=refusal.status, headers=headers)
+
+    @web.middleware
+    async def check_access(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Lets in who may come in."""
+        if self._settings.api_token:
+            self._check_token(request)
+        elif self._is_local and not is_local_name(request.headers.get("Host", "")):
+            raise Refused(
+                421,
+                "Without a token, this address answers only to the names localhost and to IP "
+                "addresses: otherwise any web page could read and post here. Set an API token, or "
+                "let the proxy in front pass the header Host: localhost",
+            )
+        return await handler(request)
+
+    @property
+    def _is_local(self) -> bool:
+        return is_loopback(self._settings.host)
+
+    def _check_token(self, request: web.Request) -> None:
+        """Raises Refused (401); how long the comparison takes tells nothing of the token."""
+        if request.path in ("/", "/health") and request.method in ("GET", "HEAD", "OPTIONS"):
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        given = token.strip().encode(errors="surrogateescape")
+        is_right = hmac.compare_digest(given, self._settings.api_token.encode())
+        if not is_right or scheme.lower() != "bearer":
+            raise Refused(401, "Missing or wrong API token", {"WWW-Authenticate": "Bearer"})
+
+    # --- POST /publish ---
+
+    async def publish(self, request: web.Request) -> web.Response:
         """POST /publish: answers when the events of the request are on disk."""
-        headers, most, commits = request.headers, self._settings.max_body_bytes, self._commits
-        media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        bits = WINDOW_BITS.get((headers.get("Content-Encoding") or "identity").strip().lower())
-        if media_type != "application/json" and (media_type or "Origin" in headers) or bits is None:
-            raise Refused(415, "Send application/json", {"Accept-Encoding": "gzip, deflate"})
-        size = most if (length := request.content_length) is None else length
-        if size > most:
-            raise Refused(413, f"The body is larger than {most} bytes")
-        if commits.stopping:
-            raise Refused(503, "The service is stopping", AGAIN)
-        if self._in_flight_bytes + size > self._settings.max_in_flight_bytes:
-            self._hurry(SLOW_SECONDS)  # who sends half a body and falls silent keeps nobody out
-            raise Refused(503, "Too many bytes in flight", AGAIN)
-        self._in_flight_bytes += size
-        try:
-            body = await self._read_body(request.content, bits)
-            if len(body) > most:
-                raise Refused(413, f"The body is larger than {most} bytes")
-            if self._in_flight_bytes + len(body) - size > self._settings.max_in_flight_bytes:
-                raise Refused(503, "Too many bytes in flight", AGAIN)  # now that it is unpacked
-            self._in_flight_bytes += len(body) - size
-            size, future = len(body), asyncio.get_running_loop().create_future()
-            commits.queue.put_nowait((body, future))
-            received, unique = len(is_new := await future), sum(is_new)
-        finally:
-            self._in_flight_bytes -= size
-        text = f'{{"received": {received}, "unique_processed": {unique}, "duplicate_dropped": '
-        text += f'{received - unique}, "message": "Received {received} event(s) for processing"}}'
-        connection = "keep-alive" if request.keep_alive else "close"
-        message = RECEIPT % (len(text), connection, helpers.rfc822_formatted_time(), text)
-        await request.writer.write_eof(message.encode())  # a web.Response costs a sixth more
-        return Sent(request.keep_alive)
+        check_content_type(request)
+        bits = window_bits(request)
+        if (request.content_length or 0) > self._settings.max_body_bytes:
+            raise self._too_large()
+        if self._commits.is_stopping:
+            raise unavailable("The service is stopping")
+        with self._admission.share() as share:
+            counts = await self._commits.submit(await self._read_body(request, bits, share))
+        received, unique = counts
+        text = (
+            f'{{"received": {received}, "unique_processed": {unique}, '
+            f'"duplicate_dropped": {received - unique}, '
+            f'"message": "Received {received} event(s) for processing"}}'
+        )
+        return web.Response(status=202, text=text, content_type="application/json")
 
-    async def _read_body(self, content: StreamReader, bits: int) -> bytes:
-        """The unpacked body, or the beginning of one too large; raises Refused (400, 408, 503)."""
-        loop, most = asyncio.get_running_loop(), self._settings.max_body_bytes
-        if content.is_eof():  # it came together with the headers
-            body = content.read_nowait()
-        else:
-            body, late = bytearray(), Refused(408, "The body took too long")
-            timer = loop.call_later(BODY_SECONDS, content.set_exception, late)
-            self._arriving[content] = loop.time()
-            try:
-                while len(body) <= most and (chunk := await content.readany()):
-                    body += chunk
-            except (web.RequestPayloadError, ConnectionError):
-                raise Refused(400, "The body breaks off") from None
-            finally:
-                timer.cancel()
-                del self._arriving[content], late
-        if not bits or len(body) > most:
-            return bytes(body)
-        inflate = zlib.decompressobj(bits)
+    def _too_large(self) -> Refused:
+        return Refused(413, f"The body is larger than {self._settings.max_body_bytes} bytes")
+
+    async def _read_body(self, request: web.Request, bits: int, share: Share) -> bytes:
+        """The body without its compression; raises Refused (400, 408, 413, 503)."""
+        most = self._settings.max_body_bytes
         try:
-            plain = inflate.decompress(body, most + 1)  # no more of a bomb
-        except zlib.error:
-            raise Refused(400, "The compressed body is broken") from None
-        if len(plain) <= most and (not inflate.eof or inflate.unused_data):
-            raise Refused(400, "The compressed body breaks off, or something follows it")
+            if request.content.is_eof():  # it came together with the headers
+                body = request.content.read_nowait()
+                share.grow(len(body))
+            else:
+                body = await self._receive(request.content, share)
+        except (web.RequestPayloadError, ConnectionError):
+            raise Refused(400, "The body breaks off") from None
+        if len(body) > most:
+            raise self._too_large()
+        if not bits:
+            return body
+        plain = decompress(body, bits, most)
+        if len(plain) > most:
+            raise self._too_large()
+        share.grow(len(plain) - len(body))
         return plain
 
-    def _hurry(self, seconds: float) -> None:
-        """Refuses the bodies that have been arriving for longer than that."""
-        for content, since in self._arriving.items():
-            if since <= asyncio.get_running_loop().time() - seconds:
-                content.set_exception(Refused(503, "Too busy for a body this slow", AGAIN))
+    async def _receive(self, content: StreamReader, share: Share) -> bytes:
+        """The body, or the beginning of one that is too large; raises Refused (408, 503)."""
+        body = bytearray()
+        deadline = asyncio.timeout(BODY_SECONDS)
+        try:
+            async with deadline:
+                with self._admission.arriving(deadline):
+                    while len(body) <= self._settings.max_body_bytes:
+                        piece = await content.readany()
+                        if not piece:
+                            break
+                        share.grow(len(piece))
+                        body += piece
+        except TimeoutError:
+            if deadline.when() != HURRIED:
+                raise Refused(408, f"The body did not arrive in {BODY_SECONDS:.0f} s") from None
+            raise unavailable("The service is stopping, or too busy for a slow body") from None
+        return bytes(body)
 
-    async def stop(self, app: web.Application) -> None:
-        """Refuses what comes from now on; what waits is stored, and has 2 s to be answered."""
-        self._commits.stopping = True
-        self._hurry(0)
-        for topic in [*self._commits.news]:
-            if news := self._commits.news.pop(topic, None):
-                news.set_result(None)
+    def stop(self) -> None:
+        """Refuses what comes from now on; what is under way has a short time to be answered."""
+        self._commits.stop()
+        self._admission.hurry(0)
+
+    # --- GET /events ---
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """GET /events: a snapshot; or a live feed, which goes on at its end. Rows are only added:
-        "up to now" is a snapshot without a transaction, and a subscriber a place, not a buffer.
+        """GET /events: what is stored, as JSON or as lines; or a live feed."""
+        asked = await self._asked(request)
+        if asked.form == FEED:
+            headers = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
+            content_type = FEED + "; charset=utf-8"
+            return await self._stream(request, content_type, self._feed(asked), headers)
+        content_type = JSON + "; charset=utf-8" if asked.form == JSON else asked.form
+        return await self._stream(request, content_type, self._snapshot(asked))
+
+    async def _asked(self, request: web.Request) -> Asked:
+        """What a reader asks for, by the query and the headers; raises Refused (422)."""
+        accept = ",".join(request.headers.getall("Accept", []))
+        form = READ_FORMS[preferred(accept, list(READ_FORMS))]
+        known = ["topic", "event_id", "after", "tail", "limit"]
+        query = parameters(request, [*known, "lastEventId"] if form == FEED else known)
+        topic = query.get("topic") or None
+        limit = integer(query.get("limit"), ["query", "limit"], MAX_INTEGER, least=1)
+        last_seq = await self._read(self._store.last_seq)
+        if "event_id" in query:
+            return await self._asked_for_one(query, form, last_seq)
+        if "tail" in query and "after" in query:
+            raise Refused(422, [not_permitted("tail")])
+
+        resumed_at = resume_position(request, query, last_seq) if form == FEED else None
+        is_from_now = False
+        if resumed_at is not None:
+            after = resumed_at
+        elif "tail" in query:
+            tail = integer(query["tail"], ["query", "tail"], 0)
+            after = await self._read(self._store.position, topic, tail) if tail else last_seq
+            is_from_now = after >= last_seq
+        elif query.get("after") == "latest":
+            after = last_seq
+            is_from_now = True
+        else:
+            after = integer(query.get("after"), ["query", "after"], 0, most=last_seq)
+        upto = MAX_INTEGER if form == FEED else last_seq
+        return Asked(form, topic, after, upto, limit, is_from_now)
+
+    async def _asked_for_one(self, query: Mapping[str, str], form: str, last_seq: int) -> Asked:
+        """One event is asked for by its identity: a page from just before it up to it."""
+        if not query.get("topic"):
+            raise Refused(422, [entry(["query", "topic"], "missing", "Field required")])
+        if form == FEED:
+            raise Refused(422, [not_permitted("event_id")])
+        if "tail" in query:
+            raise Refused(422, [not_permitted("tail")])
+        topic = query["topic"]
+        after = last_seq
+        if query.get("after") != "latest":
+            after = integer(query.get("after"), ["query", "after"], 0, most=last_seq)
+        seq = await self._read(self._store.find, topic, query["event_id"])
+        if seq is None or seq <= after:
+            return Asked(form, topic, after, after, 1, is_from_now=False)
+        return Asked(form, topic, seq - 1, seq, 1, is_from_now=False)
+
+    async def _snapshot(self, asked: Asked) -> AsyncGenerator[bytes, None]:
+        """What was stored when the reader asked, page by page.
+
+        Rows are only ever added. So "up to the highest number of that moment" is a snapshot
+        without a transaction, and a slow reader does not keep the log from being reused.
         """
-        query, accept, pages = request.query, request.headers.get("Accept", ""), self._pages
-        form = next((form for form in FORMS if form in accept), ARRAY)
-        (upto,), loop = await self._store.read(LAST_SEQ), asyncio.get_running_loop()
-        topic, limit = query.get("topic") or None, integer(query, "limit", 1, MAX_INTEGER)
-        after = upto if query.get("after") == "latest" else integer(query, "after", 0, 0)
-        if is_feed := form == FEED:
-            after, upto = integer(request.headers, "Last-Event-ID", 0, after), MAX_INTEGER
-        headers = {"Content-Type": form, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        response = web.StreamResponse(headers=headers)
-        await response.prepare(request)
-        if request.method == "HEAD":
-            return response
-        if is_feed:
-            await response.write(b"retry: 1000\n\n")
-        elif form == ARRAY:
-            await response.write(b'{"topic": %b, "events": [' % json.dumps(topic).encode())
-        page = PAGE.format(topic=ONE_TOPIC if topic else "", item=FORMS[form])
-        self._feeds, total = self._feeds + is_feed, 0
+        count = 0
+        after = asked.after
+        is_json = asked.form == JSON
+        head = b'{"topic": %b, "events": [' % json.dumps(asked.topic).encode() if is_json else b""
+        while count < asked.limit and after < asked.upto:
+            limit = min(asked.limit - count, PAGE_EVENTS)
+            page = await self._page(asked.form, asked.topic, after, asked.upto, limit)
+            if page.count == 0:
+                break
+            yield head + page.text
+            head = b"," if is_json else b""
+            count += page.count
+            after = page.last_seq
+        if is_json:
+            head = b"" if count else head
+            yield head + b'], "count": %d, "last_seq": %d}' % (count, after)
+
+    async def _feed(self, asked: Asked) -> AsyncGenerator[bytes, None]:
+        """Server-Sent Events: what is stored, then what comes, until `limit` or the stop.
+
+        A subscriber is a position in the sequence and nothing else. There is no buffer for it
+        that could overflow: it gets the next page when its connection has taken the last one. A
+        slow subscriber falls behind, and catches up from the database.
+        https://html.spec.whatwg.org/multipage/server-sent-events.html
+        """
+        loop = asyncio.get_running_loop()
+        count = 0
+        after = asked.after
+        # These are no messages of their own: some clients would take them for empty events.
+        head = b"retry: %d\n" % RETRY_MS
+        if asked.is_from_now:  # so that a connection lost before the first event loses none
+            head += b'event: position\nid: %d\ndata: {"last_seq": %d}\n\n' % (after, after)
+        sent = loop.time()
+        self._subscribers += 1
         try:
-            while total < limit and not (is_feed and self._commits.stopping):
-                news = self._commits.news.setdefault(topic, loop.create_future())  # before reading
-                place = page, news, after, upto, min(limit - total, PAGE_EVENTS)
-                if place not in pages:  # or else somebody reads it just now
-                    values = {"topic": topic, "after": after, "upto": upto, "limit": place[-1]}
-                    pages[place] = asyncio.ensure_future(self._store.read(page, **values))
-                    pages[place].add_done_callback(lambda _, place=place: pages.pop(place))
-                number, after, text = await pages[place]
-                if number:
-                    await response.write(text if form != ARRAY or total else text[1:])
-                    total += number
-                    await asyncio.sleep(is_feed * FEED_PAGE_SECONDS * (self._feeds - self._idle))
-                elif not is_feed:
-                    break
-                else:
-                    self._idle += 1
-                    told, _ = await asyncio.wait([news], timeout=HEARTBEAT_SECONDS)
-                    self._idle -= 1
-                    if not told:
-                        await response.write(b": nothing new\n\n")
+            while count < asked.limit and not self._commits.is_stopping:
+                next_event = self._commits.next_event(asked.topic)  # before reading: none slips by
+                limit = min(asked.limit - count, PAGE_EVENTS)
+                page = await self._page(FEED, asked.topic, after, asked.upto, limit, next_event)
+                if head or page.count:
+                    yield head + page.text
+                    head = b""
+                    sent = loop.time()
+                count += page.count
+                after = page.last_seq
+                if page.count:
+                    active = self._subscribers - self._idle_subscribers
+                    await asyncio.sleep(FEED_PAGE_SECONDS * active)
+                elif not await self._is_told(next_event, sent + HEARTBEAT_SECONDS - loop.time()):
+                    yield b": nothing new\n"
+                    sent = loop.time()
         finally:
-            self._feeds -= is_feed
-        if form == ARRAY:
-            await response.write(b'], "count": %d, "last_seq": %d}' % (total, after))
+            self._subscribers -= 1
+
+    async def _is_told(self, next_event: asyncio.Future[None], seconds: float) -> bool:
+        """Waits for the next event; returns whether there may be one."""
+        self._idle_subscribers += 1
+        try:
+            told, _ = await asyncio.wait([next_event], timeout=max(0.0, seconds))
+        finally:
+            self._idle_subscribers -= 1
+        return bool(told)
+
+    async def _page(
+        self,
+        form: str,
+        topic: str | None,
+        after: int,
+        upto: int,
+        limit: int,
+        next_event: asyncio.Future[None] | None = None,
+    ) -> Page:
+        """A page, from a read that is shared with all who are at the same place."""
+        place = Place(form, topic, after, upto, limit, next_event)
+        reading = self._pages.get(place)
+        if reading is None:
+            read = functools.partial(self._store.page, form, topic, after, upto, limit)
+            reading = asyncio.create_task(self._read_within_room(read))
+            self._pages[place] = reading
+            reading.add_done_callback(lambda done: self._forget(place, done))
+        return await asyncio.shield(reading)  # who leaves does not take the page from the others
+
+    def _forget(self, place: Place, reading: asyncio.Task[Page]) -> None:
+        """A page has been read: who comes now reads it anew."""
+        del self._pages[place]
+        if not reading.cancelled():
+            reading.exception()  # has been looked at, even if everybody has left
+
+    # --- GET /stats and GET /topics ---
+
+    async def stats(self, request: web.Request) -> web.StreamResponse:
+        """GET /stats: the counters, which live in the database and outlive the process."""
+        parameters(request, [])
+        return await self._stream(request, JSON + "; charset=utf-8", self._stats_text())
+
+    async def _stats_text(self) -> AsyncGenerator[bytes, None]:
+        totals = await self._read(self._store.totals)
+        text = (
+            f'{{"received": {totals.received}, "unique_processed": {totals.unique}, '
+            f'"duplicate_dropped": {totals.duplicates}, "topics": ['
+        )
+        separator = ""
+        async for page in self._topic_pages("", MAX_INTEGER):
+            text += separator + ", ".join(json.dumps(counts.topic) for counts in page)
+            yield text.encode()
+            text = ""
+            separator = ", "
+        uptime = time.monotonic() - self._started_ticks
+        yield f'{text}], "uptime_seconds": {uptime:.2f}}}'.encode()
+
+    async def topics(self, request: web.Request) -> web.StreamResponse:
+        """GET /topics: the counters of each topic."""
+        query = parameters(request, ["after", "limit"])
+        limit = integer(query.get("limit"), ["query", "limit"], MAX_INTEGER, least=1)
+        text = self._topics_text(query.get("after", ""), limit)
+        return await self._stream(request, JSON + "; charset=utf-8", text)
+
+    async def _topics_text(self, after: str, limit: int) -> AsyncGenerator[bytes, None]:
+        text = '{"topics": ['
+        separator = ""
+        count = 0
+        async for page in self._topic_pages(after, limit):
+            objects = (
+                {
+                    "topic": counts.topic,
+                    "received": counts.received,
+                    "unique_processed": counts.unique,
+                    "duplicate_dropped": counts.duplicates,
+                }
+                for counts in page
+            )
+            text += separator + ", ".join(map(json.dumps, objects))
+            yield text.encode()
+            text = ""
+            separator = ", "
+            count += len(page)
+        yield f'{text}], "count": {count}}}'.encode()
+
+    async def _topic_pages(self, after: str, limit: int) -> AsyncGenerator[list[TopicCounts], None]:
+        """The topics by name, some at a time."""
+
+        def read(most_bytes: int) -> list[TopicCounts]:
+            return self._store.topics(after, min(limit, max(1, most_bytes // TOPIC_BYTES)))
+
+        while limit > 0:
+            page = await self._read_within_room(read)
+            if not page:
+                break
+            yield page
+            limit -= len(page)
+            after = page[-1].topic
+
+    # --- reading and streaming ---
+
+    async def _read(self, query: Callable[..., T], *arguments: Any) -> T:
+        """Runs a method of the store in the reader's thread; raises Refused (503)."""
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.run_in_executor(self._reader_thread, query, *arguments)
+        except Unavailable as why:
+            reason = str(why)
+            self._health.fails(READS, reason)
+        except Exception as why:  # noqa: BLE001 - as in GroupCommit
+            reason = type(why).__name__
+            self._health.fails(READS, reason, why)
+        else:
+            self._health.works(READS)
+            return found
+        raise unavailable(f"The database cannot be read: {reason}")
+
+    async def _read_within_room(self, query: Callable[[int], T]) -> T:
+        """Runs a query when there is room for its page; it is told how many bytes it may have.
+
+        The more readers there are, the smaller are their pages, so that readers who do not take
+        what they asked for leave something for the others.
+        """
+        async with self._turn:
+            while self._held_bytes >= READERS_BYTES:
+                self._has_room.clear()
+                await self._has_room.wait()
+            share = READERS_BYTES // max(1, self._readers)
+            return await self._read(query, min(PAGE_BYTES, share))
+
+    async def _stream(
+        self,
+        request: web.Request,
+        content_type: str,
+        pieces: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] = NO_STORE,
+    ) -> web.StreamResponse:
+        """Answers with these pieces, as they come.
+
+        An answer that has to be broken off ends in a reset of the connection, and so never looks
+        complete: HTTP/1.0 has no other way to tell. It does so also if the process dies.
+        """
+        response = web.StreamResponse(
+            headers={"Content-Type": content_type, "Vary": "Accept"} | dict(headers)
+        )
+        if request.method == "HEAD":
+            await response.prepare(request)
+            return response
+        self._readers += 1
+        try:
+            async with contextlib.aclosing(pieces):
+                first = await anext(pieces, b"")  # if this read fails, it is not too late for a 503
+                set_reset_on_close(request, True)
+                try:
+                    await response.prepare(request)
+                    await self._write(response, first)
+                    async for piece in pieces:
+                        await self._write(response, piece)
+                    set_reset_on_close(request, False)
+                    await response.write_eof()
+                except BaseException:
+                    if request.transport is not None:
+                        request.transport.abort()
+                    raise
+        except TimeoutError:
+            raise ConnectionError("the reader takes nothing") from None
+        except Refused as why:
+            if not response.prepared:
+                raise
+            raise ConnectionError("the answer cannot be completed") from why
+        finally:
+            self._readers -= 1
         return response
 
-    async def stats(self, request: web.Request) -> web.Response:
-        """GET /stats: the counters, which live in the database and outlive the process."""
-        *counts, topics = await self._store.read(TOTALS)
-        stats = dict(zip(("received", "unique_processed", "duplicate_dropped"), counts))
-        uptime = round(time.time() - self._started, 2)
-        return web.json_response(stats | {"topics": json.loads(topics), "uptime_seconds": uptime})
+    async def _write(self, response: web.StreamResponse, piece: bytes) -> None:
+        """Sends a piece; raises TimeoutError if the reader does not take it."""
+        self._held_bytes += len(piece)
+        try:
+            for start in range(0, len(piece), PAGE_BYTES):
+                async with asyncio.timeout(READER_SECONDS):
+                    await response.write(piece[start : start + PAGE_BYTES])
+        finally:
+            self._held_bytes -= len(piece)
+            self._has_room.set()
 
-    async def health(self, request: web.Request) -> web.StreamResponse:
-        """GET /: whether events can be stored, as the last commit tells; for browsers, a page."""
-        if "text/html" in request.headers.get("Accept", ""):
-            headers = {"X-Frame-Options": "DENY", "Cache-Control": "no-cache", "Vary": "Accept"}
-            return web.FileResponse(DASHBOARD, headers=headers)
-        service = {"service": "Event Aggregator", "status": "running", "version": VERSION}
-        if reason := self._commits.failure:
-            service |= {"status": "failing", "reason": reason}
-        return web.json_response(service, status=503 if reason else 200)
+    # --- the service itself ---
+
+    async def root(self, request: web.Request) -> web.Response:
+        """GET /: for browsers the page, for all others GET /health."""
+        accept = ",".join(request.headers.getall("Accept", []))
+        if not self._page_html or preferred(accept, [JSON, HTML]) == JSON:
+            return await self.health(request)
+        status = 503 if self._health.reasons else 200
+        headers = NO_STORE | {"Vary": "Accept", "X-Frame-Options": "DENY"}
+        return web.Response(
+            status=status, body=self._page_html, content_type=HTML, charset="utf-8", headers=headers
+        )
+
+    async def health(self, request: web.Request) -> web.Response:
+        """GET /health: whether events can be stored and read."""
+        if self._health.reason(READS):  # perhaps they work again
+            with contextlib.suppress(Refused):
+                await self._read(self._store.last_seq)
+        reasons = self._health.reasons
+        health = {"service": NAME, "status": "running", "version": VERSION}
+        if reasons:
+            health |= {"status": "failing", "reason": reasons}
+        headers = NO_STORE | {"Vary": "Accept"}
+        if request.method == "OPTIONS":
+            headers["Allow"] = "GET, HEAD, OPTIONS"
+        return web.json_response(health, status=503 if reasons else 200, headers=headers)
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """GET /openapi.json: the contract as an OpenAPI document."""
+        if not self._openapi:
+            raise web.HTTPNotFound
+        return web.Response(body=self._openapi, content_type="application/json", headers=NO_STORE)
 
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: Prometheus's text format 0.0.4."""
-        received, unique, duplicate, _ = await self._store.read(TOTALS)
-        outcomes = {'{outcome="unique"}': unique, '{outcome="duplicate"}': duplicate}
-        refusals = {f'{{status="{code}"}}': n for code, n in sorted(self._refusals.items())}
-        commits, db = self._commits, self._settings.db
-        size = sum(map(os.path.getsize, filter(os.path.exists, (db, db + "-wal"))))
-        times = histogram(commits.seconds, "0.0005 0.001 0.002 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1")
-        sizes = histogram(commits.events, "1 2 5 10 20 50 100 200 500 1000 2000 5000")
-        queued = commits.queue.qsize() + sum(len(group[0]) for group in [*commits.ready])
-        text, build = "", f'{{version="{VERSION}",sqlite="{sqlite3.sqlite_version}"}}'
-        for name, kind, what, value in (
-            ("aggregator_events_received_total", "counter", "Events acknowledged.", received),
-            ("aggregator_events_processed_total", "counter", "The same, by outcome.", outcomes),
-            ("aggregator_requests_refused_total", "counter", "Refusals, by status.", refusals),
-            ("aggregator_in_flight_bytes", "gauge", "Bodies held.", self._in_flight_bytes),
-            ("aggregator_requests_queued", "gauge", "Requests that wait.", queued),
-            ("aggregator_group_commit_seconds", "histogram", "Time of a commit.", times),
-            ("aggregator_group_commit_events", "histogram", "Events in a commit.", sizes),
-            ("aggregator_live_subscribers", "gauge", "Live feeds.", self._feeds),
-            ("aggregator_database_bytes", "gauge", "Size of the database and its log.", size),
-            ("aggregator_build_info", "gauge", "Versions, as labels.", {build: 1}),
-            ("process_start_time_seconds", "gauge", "Start, Unix time.", self._started),
-        ):
-            text += f"# HELP {name} {what}\n# TYPE {name} {kind}\n"
-            for suffix, number in (value if isinstance(value, dict) else {"": value}).items():
-                text += f"{name}{suffix} {number}\n"
-        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        text = ""
+        for metric in [*await self._stored_metrics(), *self._own_metrics()]:
+            text += f"# HELP {metric.name} {metric.meaning}\n# TYPE {metric.name} {metric.kind}\n"
+            for suffix, value in metric.samples.items():
+                text += f"{metric.name}{suffix} {value}\n"
+        headers = NO_STORE | {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         return web.Response(text=text, headers=headers)
 
+    async def _stored_metrics(self) -> list[Metric]:
+        """What only the database can tell; nothing if it cannot be read, for the rest matters."""
+        try:
+            totals = await self._read(self._store.totals)
+            size = await self._read(self._store.size)
+        except Refused:
+            return []
+        outcomes = {'{outcome="unique"}': totals.unique, '{outcome="duplicate"}': totals.duplicates}
+        return [
+            counter("aggregator_events_received_total", "Events acknowledged.", totals.received),
+            Metric(
+                "aggregator_events_processed_total", "counter", "The same, by outcome.", outcomes
+            ),
+            gauge("aggregator_database_bytes", "The database with its log.", size.database_bytes),
+            gauge("aggregator_log_bytes", "The write-ahead log.", size.log_bytes),
+            counter(
+                "aggregator_checkpoint_failures_total",
+                "Checkpoints that failed.",
+                size.failed_checkpoints,
+            ),
+        ]
 
-def histogram(counts: Counter[float], bounds: str) -> dict[str, float]:
-    """The samples of a Prometheus histogram, by what follows the metric's name."""
-    samples = {}
-    for bound in (*bounds.split(), "+Inf"):
-        samples[f'_bucket{{le="{bound}"}}'] = sum(n for v, n in counts.items() if v <= float(bound))
-    return samples | {"_sum": sum(v * n for v, n in counts.items()), "_count": counts.total()}
+    def _own_metrics(self) -> list[Metric]:
+        """What this process counts."""
+        refusals = {f'{{status="{status}"}}': n for status, n in sorted(self._refusals.items())}
+        build = {f'{{version="{VERSION}",sqlite="{sqlite3.sqlite_version}"}}': 1}
+        commits = self._commits
+        return [
+            Metric(
+                "aggregator_requests_refused_total", "counter", "Refusals, by status.", refusals
+            ),
+            gauge("aggregator_in_flight_bytes", "Bodies held.", self._admission.in_flight_bytes),
+            gauge("aggregator_requests_queued", "Requests that wait.", commits.queued),
+            histogram("aggregator_group_commit_seconds", "Time of a commit.", commits.seconds),
+            histogram("aggregator_group_commit_events", "Events in a commit.", commits.events),
+            gauge("aggregator_live_subscribers", "Live feeds.", self._subscribers),
+            gauge(
+                "aggregator_healthy", "1 if commits and reads work.", int(not self._health.reasons)
+            ),
+            counter(
+                "aggregator_log_lines_dropped_total",
+                "Lines of the log that nobody read.",
+                dropped_log_lines(),
+            ),
+            Metric("aggregator_build_info", "gauge", "Versions, as labels.", build),
+            gauge("process_start_time_seconds", "Start, Unix time.", self._started),
+        ]
 
 
-def integer(source: Mapping[str, str], name: str, least: int, default: int) -> int:
-    """A query parameter, or a header; raises Refused (422)."""
+def counter(name: str, meaning: str, value: float) -> Metric:
+    """A metric that only grows."""
+    return Metric(name, "counter", meaning, {"": value})
+
+
+def gauge(name: str, meaning: str, value: float) -> Metric:
+    """A metric that goes up and down."""
+    return Metric(name, "gauge", meaning, {"": value})
+
+
+def histogram(name: str, meaning: str, values: Histogram) -> Metric:
+    """A histogram: its buckets are cumulative, as Prometheus wants them."""
+    bounds = [*map(str, values.bounds), "+Inf"]
+    counts = list(itertools.accumulate(values.counts))
+    samples: dict[str, float] = {
+        f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, counts)
+    }
+    return Metric(name, "histogram", meaning, samples | {"_sum": values.sum, "_count": counts[-1]})
+
+
+def read_beside(name: str) -> bytes:
+    """A file beside this module; empty if there is none."""
     try:
-        if (value := int(source.get(name, default))) >= least:
-            return min(value, MAX_INTEGER)
-        why = f"Input should be greater than or equal to {least}"
-        fault = "greater_than_equal", why, {"ge": least}
+        return Path(HERE, name).read_bytes()
+    except OSError:
+        return b""
+
+
+def set_reset_on_close(request: web.Request, is_on: bool) -> None:
+    """Whether the end of the connection, however it comes, is a reset (SO_LINGER of 0 s)."""
+    if request.transport is not None:
+        linger = struct.pack("hh" if os.name == "nt" else "ii", int(is_on), 0)
+        connection = request.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it is closed already
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def check_content_type(request: web.Request) -> None:
+    """Raises Refused (415) unless the body is JSON.
+
+    Browsers send anything else from page to page without asking; so no other web page can post
+    here. From a page (it has an Origin), the header must not be missing either.
+    """
+    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and (media_type or "Origin" in request.headers):
+        raise Refused(415, "Send the header Content-Type: application/json", {"Accept": JSON})
+
+
+def window_bits(request: web.Request) -> int:
+    """How the body is compressed, as zlib's wbits, 0 if it is not; raises Refused (415)."""
+    encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
+    if encoding not in WINDOW_BITS:
+        raise Refused(
+            415,
+            "Send the header Content-Encoding: gzip or deflate, or none and a plain body",
+            {"Accept-Encoding": "gzip, deflate"},
+        )
+    return WINDOW_BITS[encoding]
+
+
+def decompress(body: bytes, bits: int, most: int) -> bytes:
+    """The body without its compression, and of a bomb its first `most` + 1 bytes."""
+    inflate = zlib.decompressobj(bits)
+    try:
+        plain = inflate.decompress(body, most + 1)
+    except zlib.error:
+        raise Refused(400, "The compressed body is broken") from None
+    if len(plain) <= most and (not inflate.eof or inflate.unused_data):
+        raise Refused(400, "The compressed body breaks off, or something follows it")
+    return plain
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+@functools.lru_cache(maxsize=64)
+def is_local_name(host: str) -> bool:
+    """Whether a Host header cannot be a name that another web page made to point here."""
+    name = host.rpartition(":")[0] if re.fullmatch(r".*:[0-9]*", host) else host
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return name.lower() in ("localhost", "")
+    return True
+
+
+def preferred(accept: str, offers: Sequence[str]) -> str:
+    """The media type that an Accept header prefers: RFC 9110, section 12.5.1.
+
+    The first offer if it likes several alike, or none.
+    """
+    ranges: dict[str, float] = {}
+    for item in accept.lower().split(","):
+        media_range, *options = (part.strip() for part in item.split(";"))
+        ranges[media_range] = weight(options)
+
+    def liking(offer: str) -> tuple[float, int]:
+        """The weight of the range that fits best, and how well it fits."""
+        for fit, media_range in enumerate((offer, offer.partition("/")[0] + "/*", "*/*")):
+            if media_range in ranges:
+                return ranges[media_range], -fit
+        return 0.0, -3
+
+    return max(offers, key=liking)
+
+
+def weight(options: Sequence[str]) -> float:
+    """The weight q among the options of a media range, 0 to 1."""
+    for option in options:
+        name, _, value = option.partition("=")
+        if name.strip() == "q" and re.fullmatch(r"[01](\.[0-9]*)?", value.strip()):
+            return min(1.0, float(value))
+    return 1.0
+
+
+def parameters(request: web.Request, known: Sequence[str]) -> dict[str, str]:
+    """The query; raises Refused (422) if it asks for what is unknown, or twice for the same."""
+    query = request.query
+    surplus = [name for name in query if name not in known or len(query.getall(name)) > 1]
+    if surplus:
+        raise Refused(422, [not_permitted(name) for name in dict.fromkeys(surplus)][:MAX_ERRORS])
+    return dict(query)
+
+
+def not_permitted(name: str) -> Entry:
+    """The error of a query parameter that has no place here."""
+    return entry(["query", name], "extra_forbidden", "Extra inputs are not permitted")
+
+
+def resume_position(request: web.Request, query: Mapping[str, str], last_seq: int) -> int | None:
+    """Where a subscriber that reconnects left off; None if this is its first time.
+
+    EventSource sends the id that it saw last in a header; its substitutes, in the query.
+    """
+    text = request.headers.get("Last-Event-ID", "").strip()
+    if text:
+        return integer(text, ["header", "Last-Event-ID"], 0, most=last_seq)
+    text = query.get("lastEventId", "").strip()
+    if text:
+        return integer(text, ["query", "lastEventId"], 0, most=last_seq)
+    return None
+
+
+def integer(
+    text: str | None, loc: Loc, default: int, least: int = 0, most: int | None = None
+) -> int:
+    """The integer in a parameter; raises Refused (422) if it is none, or out of bounds."""
+    if text is None:
+        return default
+    try:
+        if not re.fullmatch("[+-]?[0-9]+", text):
+            raise ValueError
+        value = int(text)  # of more than 4300 digits: ValueError
     except ValueError:
         why = "Input should be a valid integer, unable to parse string as an integer"
-        fault = "int_parsing", why
-    raise Refused(422, [entry(["header" if name == "Last-Event-ID" else "query", name], *fault)])
+        raise Refused(422, [entry(loc, "int_parsing", why)]) from None
+    if value < least:
+        why = f"Input should be greater than or equal to {least}"
+        raise Refused(422, [entry(loc, "greater_than_equal", why, {"ge": least})])
+    if most is not None and value > most:
+        why = f"Input should be less than or equal to {most}"
+        raise Refused(422, [entry(loc, "less_than_equal", why, {"le": most})])
+    return min(value, MAX_INTEGER)
 
 
 # --- Application -----------------------------------------------------------------------------
+# Who knows whom: the store knows nobody, group commit knows the store, the handlers know both.
+# They are handed to each other here and are not kept in globals, so that a test can have two.
+
+COMMITS_KEY = web.AppKey("commits", GroupCommit)
+STORE_KEY = web.AppKey[Store]("store")
 
 
 def create_app(settings: Settings) -> web.Application:
-    """The service as an aiohttp application; raises OSError."""
-    commits = GroupCommit(store := Store(settings.db))
-    api = Api(settings, store, commits)
-    handler_args = {"auto_decompress": False, "keepalive_timeout": 30.0}  # s, to begin a request
-    app = web.Application(middlewares=[api.answer_errors], handler_args=handler_args)
+    """The service as an aiohttp application; raises StoreError."""
+    store = open_store(settings.db)
+    health = Health()
+    commits = GroupCommit(store, health)
+    api = Api(settings, store, health, commits)
+    app = web.Application(
+        middlewares=[api.answer_errors, api.check_access],
+        handler_args={"auto_decompress": False, "keepalive_timeout": KEEPALIVE_SECONDS},
+    )
+    app[COMMITS_KEY] = commits
+    app[STORE_KEY] = store
+    app.router.add_get("/", api.root)
+    app.router.add_options("/", api.health)
+    app.router.add_get("/health", api.health)
+    app.router.add_options("/health", api.health)
     app.router.add_post("/publish", api.publish)
-    for handler in api.events, api.stats, api.metrics:
-        app.router.add_get(f"/{handler.__name__}", handler)
-    app.router.add_get("/", api.health)
-    app.cleanup_ctx.append(commits.run)
-    app.on_shutdown.append(api.stop)  # before aiohttp waits for the handlers
+    app.router.add_get("/events", api.events)
+    app.router.add_get("/topics", api.topics)
+    app.router.add_get("/stats", api.stats)
+    app.router.add_get("/metrics", api.metrics)
+    app.router.add_get("/openapi.json", api.openapi)
+
+    async def run(app: web.Application) -> AsyncIterator[None]:
+        """The threads, from before the first request to after the last answer."""
+        try:
+            await api.start()
+            await commits.start()
+            yield
+            await commits.finish()
+        finally:
+            api.finish()
+            store.close()
+
+    async def stop(app: web.Application) -> None:
+        """Before aiohttp waits for the handlers."""
+        api.stop()
+
+    app.cleanup_ctx.append(run)
+    app.on_shutdown.append(stop)
     return app
 
 
 # --- Command line ----------------------------------------------------------------------------
+# Three steps: read the settings, prepare the process, serve.
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong, and exits with 2."""
+        self.exit(2, f"aggregator: {message}\n")
+
+
+def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """A flag wins over its variable, and that over the default; exits with 2 on nonsense."""
+    about = "Keeps each event exactly once, and loses none that it has acknowledged."
+    parser = Parser("aggregator.py", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
+    for each in fields(Settings):
+        variable = each.metadata["variable"]
+        default = each.default if each.default != "" else "none"
+        parser.add_argument(
+            "--" + each.name.replace("_", "-"),
+            type=type(each.default),
+            default=environment.get(variable) or each.default,
+            help=f"{each.metadata['meaning']} (default: {default}; environment: {variable})",
+        )
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    settings = replace(settings, log_level=settings.log_level.upper())
+    if not 0 <= settings.port <= 65_535:
+        parser.error(f"--port is 0 to 65535, not {settings.port}")
+    if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        parser.error(f"--log-level is DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")
+    if not 1 <= settings.max_body_bytes <= settings.max_in_flight_bytes <= MAX_INTEGER:
+        parser.error("--max-body-bytes is 1 to --max-in-flight-bytes, so that one body fits")
+    if not re.fullmatch("[!-~]*", settings.api_token):
+        parser.error("--api-token is ASCII without spaces: a header has to carry it")
+    return settings
+
+
+class LogHandler(logging.Handler):
+    """Writes the log from a thread of its own.
+
+    A stderr that nobody reads (a pager, Ctrl-S, a full disk) must hold nothing up. Lines wait in a
+    queue with a bound; those beyond it are dropped and counted, and the count is written when the
+    log moves again.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.dropped_lines = 0
+        self._file = open(  # noqa: SIM115 - open until the process ends
+            descriptor, "wb", buffering=0, closefd=False
+        )
+        self._texts: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._waiting_bytes = 0
+        self._all_written = threading.Condition()
+        self._thread = threading.Thread(target=self._keep_writing, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Puts a record into the queue."""
+        text = self.format(record).encode(errors="backslashreplace") + b"\n"
+        with self._all_written:
+            if self._waiting_bytes + len(text) > LOG_QUEUE_BYTES:
+                self.dropped_lines += text.count(b"\n")
+                return
+            self._waiting_bytes += len(text)
+        self._texts.put(text)
+
+    def _keep_writing(self) -> None:
+        """The thread."""
+        told = 0
+        while True:
+            text = self._texts.get()
+            is_written = self._write(text)
+            if is_written and self.dropped_lines > told:
+                count = self.dropped_lines - told
+                told = self.dropped_lines
+                why = f"{count} lines of the log were dropped: it was not read, or not writable"
+                record = log.makeRecord(
+                    log.name, logging.WARNING, __file__, 0, why, (), exc_info=None
+                )
+                self._write(self.format(record).encode() + b"\n")
+            with self._all_written:
+                if not is_written:
+                    self.dropped_lines += text.count(b"\n")
+                self._waiting_bytes -= len(text)
+                self._all_written.notify_all()
+
+    def _write(self, text: bytes) -> bool:
+        """Writes all of it; returns whether that worked."""
+        try:
+            while text:
+                written = self._file.write(text)
+                if written is None:  # another program has made it non-blocking, and it is full
+                    time.sleep(0.05)
+                text = text[written or 0 :]
+        except OSError:
+            return False
+        return True
+
+    def flush(self) -> None:
+        """Waits until all is written, or for a short time; called at the end."""
+        with self._all_written:
+            self._all_written.wait_for(lambda: not self._waiting_bytes, LOG_FLUSH_SECONDS)
+
+
+def dropped_log_lines() -> int:
+    """The lines that were dropped since the start."""
+    handlers = logging.getLogger().handlers
+    return sum(each.dropped_lines for each in handlers if isinstance(each, LogHandler))
 
 
 class LinesFormatter(logging.Formatter):
     """Gives each line of a record its own time and level, so none can pass for another record."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
         head = f"{self.formatTime(record)} - {record.name} - {record.levelname} - "
         return head + super().format(record).replace("\n", "\n" + head)
 
 
-def main() -> None:
-    """Serves until SIGTERM or SIGINT; exits with a line on stderr if it cannot."""
-    parser = argparse.ArgumentParser("aggregator.py", argparse.SUPPRESS, __doc__.split("\n")[0])
-    for name, default in Settings._field_defaults.items():
-        flag, variable = "--" + name.replace("_", "-"), "DB_PATH" if name == "db" else name.upper()
-        hint = f"or {variable} in the environment (default: {default or 'none'})"
-        value = os.environ.get(variable) or default
-        parser.add_argument(flag, type=type(default), default=value, help=hint)
-    settings = Settings(**vars(parser.parse_args()))
-    if not 1 <= settings.max_body_bytes <= settings.max_in_flight_bytes <= MAX_INTEGER:
-        parser.error("--max-body-bytes is 1 to --max-in-flight-bytes, so that one body fits")
-    if not re.fullmatch("[!-~]*", settings.api_token):
-        parser.error("--api-token is printable ASCII without spaces: a header has to carry it")
-    logging.raiseExceptions = False  # a full disk below the log must not end the service
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # it logs what is not HTTP
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: give large blocks back when freed
+def prepare_process(settings: Settings) -> None:
+    """The log, the memory, the open files, and how the threads take turns."""
+    prepare_log(settings.log_level)
+    if os.name == "posix":
+        return_memory()
+        raise_open_files()
+    sys.setswitchinterval(GIL_SECONDS)
+
+
+def prepare_log(level: str) -> None:
+    """The log goes to stderr, if there is one."""
+    handler: logging.Handler = logging.NullHandler()
+    if sys.stderr is not None:
+        handler = LogHandler(sys.stderr.fileno())
+        handler.setFormatter(LinesFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    # aiohttp logs a traceback for what is not HTTP: the client's mistake, and answered with 400.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+
+
+def return_memory() -> None:
+    """Has glibc give large blocks back to the system when they are freed."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(parameter, 1 << 20)
+            mallopt(parameter, MIB)
+
+
+def raise_open_files() -> None:
+    """Allows enough open files for some thousand connections."""
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < min(OPEN_FILES, hard):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
-    sys.setswitchinterval(0.0001)  # seconds until the event loop yields to the writer, not 0.005
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
-    async def leave(app: web.Application) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends it at once
-            signal.signal(number, lambda number, frame: os._exit(128 + number))
 
-    options = {"backlog": 1024, "access_log": None, "shutdown_timeout": SHUTDOWN_SECONDS}
+class Complaints:
+    """What asyncio complains about, without its flood when the open files run out."""
+
+    def __init__(self) -> None:
+        self._told = -math.inf  # when it was said last
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio's exception handler."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or "accept" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._told > COMPLAINT_SECONDS:
+            self._told = loop.time()
+            log.error("New connections cannot be accepted: %s", error.strerror)
+
+
+async def serve(settings: Settings) -> int:
+    """Serves until a signal comes, then finishes what was accepted; returns the exit status.
+
+    Raises StoreError, or OSError where nobody can listen.
+    """
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(Complaints())
+    stop = asyncio.Event()
+    handle_signals(lambda: loop.call_soon_threadsafe(stop.set))
+    app = create_app(settings)
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS
+    )
     try:
-        logging.basicConfig(level=settings.log_level)
-        logging.root.handlers[0].setFormatter(LinesFormatter("%(message)s"))
-        app = create_app(settings)
-        app.on_shutdown.append(leave)
-        web.run_app(app, host=settings.host, port=settings.port, print=log.info, **options)
-    except (OSError, OverflowError, ValueError) as why:
-        sys.exit(f"aggregator: cannot serve on {settings.host}:{settings.port}: {why}")
+        await runner.setup()
+        commits = app[COMMITS_KEY]
+        commits.crashed.add_done_callback(lambda _: stop.set())
+        await site(runner, settings).start()
+        port = runner.addresses[0][1]
+        await introduce(settings, port, app[STORE_KEY])
+        await stop.wait()
+        notice("Stopping: what was accepted is stored")
+    finally:
+        await runner.cleanup()
+    if commits.crashed.done():
+        log.critical("Stopped, because a worker of this process has ended. Start it again")
+        return 1
+    notice("Stopped")
+    return 0
+
+
+def handle_signals(stop: Callable[[], object]) -> None:
+    """The first signal calls `stop`, a second one ends the process at once.
+
+    This loses nothing that was acknowledged. It is the same on all systems; a KeyboardInterrupt
+    would come in the middle of any line.
+    """
+    signals: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        stop()
+
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):  # SIGBREAK is Windows's, for Ctrl-Break
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handle)
+
+
+def site(runner: web.AppRunner, settings: Settings) -> web.BaseSite:
+    """Where the service listens."""
+    if settings.host == "::" and socket.has_dualstack_ipv6():  # IPv4, too
+        listener = socket.create_server(
+            ("::", settings.port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+        )
+        return web.SockSite(runner, listener, backlog=BACKLOG)
+    return web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+
+
+def notice(text: str) -> None:
+    """Logs something at every log level."""
+    log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
+
+
+async def introduce(settings: Settings, port: int, store: Store) -> None:
+    """The first lines of the log: what runs, where its events are, and what to try."""
+    totals = await asyncio.get_running_loop().run_in_executor(None, store.totals)
+    address = f"http://{name_of(settings.host)}:{port}/"
+    token = "set" if settings.api_token else "not set, so who reaches the address may use it"
+    notice(f"{NAME} {VERSION}")
+    notice(f"Database: {store.location}, {totals.unique} events")
+    notice(f"API token: {token}")
+    notice(f"Running on {address} (Ctrl-C stops it)")
+    notice(f"Try: open it in a browser, or python publisher.py --url {address}")
+
+
+def name_of(host: str) -> str:
+    """A host as it stands in a link that works on this machine."""
+    if host in ("0.0.0.0", "::", "127.0.0.1", ""):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
+
+
+def main() -> None:
+    """`python aggregator.py`."""
+    settings = read_settings(sys.argv[1:], os.environ)
+    prepare_process(settings)
+    try:
+        status = asyncio.run(serve(settings))
+    except StoreError as why:
+        sys.exit(f"aggregator: {why}")
+    except (OSError, OverflowError, RuntimeError, UnicodeError) as why:
+        hint = f"; try --port {settings.port + 1}" if is_port_in_use(why) else ""
+        reason = getattr(why, "strerror", None) or why
+        sys.exit(f"aggregator: cannot serve on {settings.host}:{settings.port}: {reason}{hint}")
+    sys.exit(status)
+
+
+def is_port_in_use(why: BaseException) -> bool:
+    """Whether another program listens there."""
+    return isinstance(why, OSError) and why.errno == errno.EADDRINUSE
 
 
 if __name__ == "__main__":
