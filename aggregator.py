@@ -66,7 +66,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
 if __name__ == "__main__":  # loading aiohttp takes 0.2 s, and process 1 of a container ignores
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # what it does not handle
@@ -148,6 +148,7 @@ BACKLOG = 128  # connections that wait to be accepted; asyncio tries so many in 
 OPEN_FILES = 10_000  # a connection is an open file, and the usual limit is 1,024
 COMPLAINT_SECONDS = 60.0  # between two lines about the same trouble with connections
 LOG_QUEUE_BYTES = 4 * MIB  # of lines that wait to be written; what is beyond them is dropped
+STOP_SECONDS = 9.0  # to stop in; what hangs then, hangs for good, and docker stop gives 10 s
 LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
 GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 
@@ -813,7 +814,8 @@ class SqliteStore:
         started = time.perf_counter()
         topics = list(itertools.chain.from_iterable(batch.topics for batch in batches))
         is_new = bytearray(len(topics))
-        self._check_file()
+        if self._gone:
+            raise Unavailable(self._gone)
         self._checkpoints.finish(self._writer)
         try:
             if topics:
@@ -1377,6 +1379,9 @@ class GroupCommit:
             except Unavailable as why:
                 self._health.fails(NEWS, str(why))
                 await asyncio.sleep(WATCH_SECONDS)
+            except Exception as why:  # noqa: BLE001 - as in _commit
+                self._health.fails(NEWS, type(why).__name__, why)
+                await asyncio.sleep(WATCH_SECONDS)
             else:
                 self._health.works(NEWS)
                 self._tell(list(self._next_events) if topics is None else [*topics, None])
@@ -1428,7 +1433,13 @@ READ_FORMS = {  # what a reader may ask for in Accept, and what it gets
     FEED: FEED,
 }
 WINDOW_BITS = {"": 0, "identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
+JSON_UTF8 = JSON + "; charset=utf-8"
 NO_STORE = {"Cache-Control": "no-store"}
+FEED_HEADERS = {
+    "Cache-Control": "no-store, no-transform",  # some proxies hold back what they compress
+    "X-Accel-Buffering": "no",  # nginx: pass on each event as it comes
+    "Vary": "Accept",
+}
 HERE = os.path.dirname(os.path.realpath(__file__))  # also where it is run through a link
 
 
@@ -1445,17 +1456,8 @@ class Admission:
         self._most_bytes = most_bytes
         self._arriving: dict[asyncio.Timeout, float] = {}  # bodies: since when
 
-    @contextlib.contextmanager
-    def share(self) -> Iterator[Share]:
-        """The room of one request; given back at the end."""
-        share = Share(self)
-        try:
-            yield share
-        finally:
-            self.in_flight_bytes -= share.size
-
     def take(self, size: int) -> None:
-        """Takes room for some bytes; raises Refused (503) where there is none."""
+        """Takes room for so many bytes; raises Refused (503) where there is none."""
         if self.in_flight_bytes + size > self._most_bytes:
             self.hurry(SLOW_SECONDS)
             raise unavailable("Too many bytes in flight")
@@ -1479,11 +1481,17 @@ class Admission:
 
 
 class Share:
-    """The room that one request takes."""
+    """The room that one request takes; it is given back at the end of the `with`."""
 
     def __init__(self, admission: Admission) -> None:
         self.size = 0
         self._admission = admission
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._admission.in_flight_bytes -= self.size
 
     def grow(self, size: int) -> None:
         """Takes more room, or less; raises Refused (503)."""
@@ -1538,6 +1546,7 @@ class Api:
         self._health = health
         self._commits = commits
         self._admission = Admission(settings.max_in_flight_bytes)
+        self._is_local = is_loopback(settings.host)
         self._reader_thread = ThreadPoolExecutor(1, "reader")
         self._refusals: Counter[int] = Counter()  # by status
         self._started = time.time()
@@ -1610,10 +1619,6 @@ class Api:
             )
         return await handler(request)
 
-    @property
-    def _is_local(self) -> bool:
-        return is_loopback(self._settings.host)
-
     def _check_token(self, request: web.Request) -> None:
         """Raises Refused (401); how long the comparison takes tells nothing of the token."""
         if request.path in ("/", "/health") and request.method in ("GET", "HEAD", "OPTIONS"):
@@ -1634,7 +1639,7 @@ class Api:
             raise self._too_large()
         if self._commits.is_stopping:
             raise unavailable("The service is stopping")
-        with self._admission.share() as share:
+        with Share(self._admission) as share:
             counts = await self._commits.submit(await self._read_body(request, bits, share))
         received, unique = counts
         text = (
@@ -1698,11 +1703,11 @@ class Api:
         """GET /events: what is stored, as JSON or as lines; or a live feed."""
         asked = await self._asked(request)
         if asked.form == FEED:
-            headers = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
             content_type = FEED + "; charset=utf-8"
-            return await self._stream(request, content_type, self._feed(asked), headers)
-        content_type = JSON + "; charset=utf-8" if asked.form == JSON else asked.form
-        return await self._stream(request, content_type, self._snapshot(asked))
+            return await self._stream(request, content_type, self._feed(asked), FEED_HEADERS)
+        content_type = JSON_UTF8 if asked.form == JSON else asked.form
+        headers = NO_STORE | {"Vary": "Accept"}
+        return await self._stream(request, content_type, self._snapshot(asked), headers)
 
     async def _asked(self, request: web.Request) -> Asked:
         """What a reader asks for, by the query and the headers; raises Refused (422)."""
@@ -1850,7 +1855,7 @@ class Api:
     async def stats(self, request: web.Request) -> web.StreamResponse:
         """GET /stats: the counters, which live in the database and outlive the process."""
         parameters(request, [])
-        return await self._stream(request, JSON + "; charset=utf-8", self._stats_text())
+        return await self._stream(request, JSON_UTF8, self._stats_text())
 
     async def _stats_text(self) -> AsyncGenerator[bytes, None]:
         totals = await self._read(self._store.totals)
@@ -1872,7 +1877,7 @@ class Api:
         query = parameters(request, ["after", "limit"])
         limit = integer(query.get("limit"), ["query", "limit"], MAX_INTEGER, least=1)
         text = self._topics_text(query.get("after", ""), limit)
-        return await self._stream(request, JSON + "; charset=utf-8", text)
+        return await self._stream(request, JSON_UTF8, text)
 
     async def _topics_text(self, after: str, limit: int) -> AsyncGenerator[bytes, None]:
         text = '{"topics": ['
@@ -1952,9 +1957,7 @@ class Api:
         An answer that has to be broken off ends in a reset of the connection, and so never looks
         complete: HTTP/1.0 has no other way to tell. It does so also if the process dies.
         """
-        response = web.StreamResponse(
-            headers={"Content-Type": content_type, "Vary": "Accept"} | dict(headers)
-        )
+        response = web.StreamResponse(headers={"Content-Type": content_type} | dict(headers))
         if request.method == "HEAD":
             await response.prepare(request)
             return response
@@ -2002,7 +2005,7 @@ class Api:
         accept = ",".join(request.headers.getall("Accept", []))
         if not self._page_html or preferred(accept, [JSON, HTML]) == JSON:
             return await self.health(request)
-        status = 503 if self._health.reasons else 200
+        status = 503 if await self._what_fails() else 200
         headers = NO_STORE | {"Vary": "Accept", "X-Frame-Options": "DENY"}
         return web.Response(
             status=status, body=self._page_html, content_type=HTML, charset="utf-8", headers=headers
@@ -2010,17 +2013,21 @@ class Api:
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: whether events can be stored and read."""
-        if self._health.reason(READS):  # perhaps they work again
-            with contextlib.suppress(Refused):
-                await self._read(self._store.last_seq)
-        reasons = self._health.reasons
+        reason = await self._what_fails()
         health = {"service": NAME, "status": "running", "version": VERSION}
-        if reasons:
-            health |= {"status": "failing", "reason": reasons}
+        if reason:
+            health |= {"status": "failing", "reason": reason}
         headers = NO_STORE | {"Vary": "Accept"}
         if request.method == "OPTIONS":
             headers["Allow"] = "GET, HEAD, OPTIONS"
-        return web.json_response(health, status=503 if reasons else 200, headers=headers)
+        return web.json_response(health, status=503 if reason else 200, headers=headers)
+
+    async def _what_fails(self) -> str:
+        """Why the service is not well; empty if it is."""
+        if self._health.reason(READS):  # perhaps they work again
+            with contextlib.suppress(Refused):
+                await self._read(self._store.last_seq)
+        return self._health.reasons
 
     async def openapi(self, request: web.Request) -> web.Response:
         """GET /openapi.json: the contract as an OpenAPI document."""
@@ -2518,7 +2525,7 @@ async def serve(settings: Settings) -> int:
 
 
 def handle_signals(stop: Callable[[], object]) -> None:
-    """The first signal calls `stop`, a second one ends the process at once.
+    """The first signal calls `stop`. A second one ends the process at once, and so does the time.
 
     This loses nothing that was acknowledged. It is the same on all systems; a KeyboardInterrupt
     would come in the middle of any line.
@@ -2529,6 +2536,9 @@ def handle_signals(stop: Callable[[], object]) -> None:
         if signals:
             os._exit(128 + number)
         signals.append(number)
+        last_resort = threading.Timer(STOP_SECONDS, os._exit, [1])
+        last_resort.daemon = True
+        last_resort.start()
         stop()
 
     for name in ("SIGTERM", "SIGINT", "SIGBREAK"):  # SIGBREAK is Windows's, for Ctrl-Break
