@@ -761,28 +761,14 @@ class SqliteStore:
             make_folder(os.path.dirname(self.location))
             check_is_ours(self.location)
             self._open()
-        except (OSError, ValueError, sqlite3.Error, StoreError, Unavailable) as why:
+        except (OSError, RuntimeError, ValueError, sqlite3.Error, StoreError, Unavailable) as why:
             self._close_connections()
             raise StoreError(f"cannot use the database {path}: {why}") from why
-        self._checkpoints = Checkpoints(self._connections[-1], self._log_path)
 
     def _open(self) -> None:
-        """Opens the connections: for the writer, the reader, the watcher and the checkpoints."""
-        deadline = time.monotonic() + OPEN_SECONDS
+        """Opens a connection for the writer, the reader, the watcher, and for the checkpoints."""
         self._writer = self._connect()
-        while True:
-            try:
-                (mode,) = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
-                if mode != "wal":
-                    raise StoreError("a write-ahead log cannot be kept there; use a local disk")
-                self._writer.executescript(SCHEMA)  # always: it proves that the file can be written
-                break
-            except sqlite3.OperationalError as why:  # others may be making the file just now
-                if why.sqlite_errorcode & 0xFF not in BUSY or time.monotonic() > deadline:
-                    raise
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                time.sleep(0.02)
+        self._make_tables()
         self._writer.executescript(GROUP_TRIGGER)
         self._identities = {path: identity(path) for path in (self.location, self._log_path)}
         self._reader = self._connect()
@@ -790,7 +776,24 @@ class SqliteStore:
         self._watcher = self._connect()
         self._watcher.execute("PRAGMA query_only = ON")
         (self._known_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
-        self._connect()  # for the checkpoints
+        self._checkpoints = Checkpoints(self._connect(), self._log_path)
+
+    def _make_tables(self) -> None:
+        """Makes the tables where they are missing; waits for others who are at it just now."""
+        deadline = time.monotonic() + OPEN_SECONDS
+        while True:
+            try:
+                (mode,) = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
+                if mode != "wal":
+                    raise StoreError("a write-ahead log cannot be kept there; use a local disk")
+                self._writer.executescript(SCHEMA)  # always: it proves that the file can be written
+                return
+            except sqlite3.OperationalError as why:
+                if why.sqlite_errorcode & 0xFF not in BUSY or time.monotonic() > deadline:
+                    raise
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                time.sleep(0.02)
 
     def _connect(self) -> sqlite3.Connection:
         """A connection without transactions of its own making, for any one thread at a time."""
@@ -995,6 +998,8 @@ class Checkpoints:
                     break
             self._is_last_step = not self._is_failing
             self._is_due.clear()
+            if self._is_closing:  # `close` may have set it meanwhile
+                return
 
     def _move(self, connection: sqlite3.Connection) -> int:
         """Moves what nobody needs in the log; returns how many pages are left.
@@ -1002,7 +1007,7 @@ class Checkpoints:
         It sets the next mark, so that a checkpoint that is held up is not tried at each commit.
         """
         try:
-            _, pages, moved = connection.execute(CHECKPOINT).fetchone()
+            is_busy, pages, moved = connection.execute(CHECKPOINT).fetchone()
         except sqlite3.Error as why:
             if self._is_closing:
                 return 0
@@ -1011,6 +1016,9 @@ class Checkpoints:
             if not self._is_failing:
                 log.error("Checkpoints fail, so the write-ahead log grows: %s", why)
             self._is_failing = True
+            return 0
+        if is_busy:  # another process is at it
+            self._due_pages += CHECKPOINT_PAGES // 4
             return 0
         if self._is_failing:
             log.warning("Checkpoints work again")
