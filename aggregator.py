@@ -288,8 +288,8 @@ def is_nested_deeper(body: bytes, levels: int) -> bool:
     """Whether arrays and objects are nested deeper than that, and a parser's stack in danger.
 
     Python's parser calls itself at each level, and not every version of it stops in time. So this
-    is looked at before, without a stack: strings are cut away, and then pair after pair of
-    brackets, from the inside to the outside.
+    is looked at before, without a stack: what is no bracket outside of a string is cut away, and
+    then each "[" is a step down and each "]" a step up.
     """
     if body.count(b"[") + body.count(b"{") <= levels:
         return False  # almost every body
@@ -298,12 +298,8 @@ def is_nested_deeper(body: bytes, levels: int) -> bool:
     )  # each quote left begins or ends a string
     marks = body.translate(BRACKETS, NO_MARKS).replace(b'""', b"")
     brackets = b"".join(marks.split(b'"')[::2])  # every other piece is inside of a string
-    for level in range(levels):
-        inner = brackets
-        brackets = inner.replace(b"[]", b"")
-        if len(brackets) == len(inner):
-            return level + brackets.count(b"[") > levels
-    return bool(brackets)
+    steps = map((92).__sub__, brackets)  # "[" is 91, "]" is 93: so they become 1 and -1
+    return max(itertools.accumulate(steps), default=0) > levels
 
 
 BRACKETS = bytes.maketrans(b"{}", b"[]")
