@@ -72,6 +72,7 @@ if __name__ == "__main__":  # loading aiohttp takes 0.2 s, and process 1 of a co
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # what it does not handle
 
 from aiohttp import StreamReader, web
+from aiohttp.http import HttpProcessingError
 
 T = TypeVar("T")
 log = logging.getLogger("aggregator")
@@ -1665,7 +1666,7 @@ class Api:
                 share.grow(len(body))
             else:
                 body = await self._receive(request.content, share)
-        except (web.RequestPayloadError, ConnectionError):
+        except (web.RequestPayloadError, HttpProcessingError, ConnectionError):
             raise Refused(400, "The body breaks off") from None
         if len(body) > most:
             raise self._too_large()
