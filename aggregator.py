@@ -136,7 +136,9 @@ PAGE_EVENTS = 500  # read at a time: some 2 ms of work
 PAGE_BYTES = 64 * 1024  # of whole events read at a time, or one event if it is larger
 TOPIC_BYTES = 2_200  # a topic with its counters, at most
 READERS_BYTES = 32 * MIB  # pages in memory for all readers together
+READERS_SHARES = 64  # of what is left of that, a page may have one
 READER_SECONDS = 60.0  # for a reader to take a piece of its answer: after it, it is let go
+STUCK_SECONDS = 5.0  # the same, while others wait for the room that it takes
 FEED_PAGE_SECONDS = 0.002  # for each page of all live feeds together: publishing comes first
 HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 or 60
 RETRY_MS = 1_000  # a subscriber that lost its feed waits so long before it comes back
@@ -1448,6 +1450,33 @@ FEED_HEADERS = {
 HERE = os.path.dirname(os.path.realpath(__file__))  # also where it is run through a link
 
 
+HURRIED = 0.0  # on the event loop's clock: long ago, and so no time limit that anybody sets
+
+
+class TimeLimits:
+    """Time limits for clients that keep room in memory; they are cut short where it is needed."""
+
+    def __init__(self) -> None:
+        self._since: dict[asyncio.Timeout, float] = {}
+
+    @contextlib.asynccontextmanager
+    async def limit(self, seconds: float) -> AsyncIterator[asyncio.Timeout]:
+        """Raises TimeoutError in its block after so many seconds, or when it is hurried."""
+        async with asyncio.timeout(seconds) as limit:
+            self._since[limit] = asyncio.get_running_loop().time()
+            try:
+                yield limit
+            finally:
+                del self._since[limit]
+
+    def hurry(self, seconds: float) -> None:
+        """Ends the limits that have been running for so long."""
+        latest = asyncio.get_running_loop().time() - seconds
+        for limit, since in self._since.items():
+            if since <= latest and not limit.expired():
+                limit.reschedule(HURRIED)
+
+
 class Admission:
     """Room in memory for the bodies of requests, by their bytes.
 
@@ -1458,31 +1487,15 @@ class Admission:
 
     def __init__(self, most_bytes: int) -> None:
         self.in_flight_bytes = 0
+        self.arriving = TimeLimits()
         self._most_bytes = most_bytes
-        self._arriving: dict[asyncio.Timeout, float] = {}  # bodies: since when
 
     def take(self, size: int) -> None:
         """Takes room for so many bytes; raises Refused (503) where there is none."""
         if self.in_flight_bytes + size > self._most_bytes:
-            self.hurry(SLOW_SECONDS)
+            self.arriving.hurry(SLOW_SECONDS)
             raise unavailable("Too many bytes in flight")
         self.in_flight_bytes += size
-
-    @contextlib.contextmanager
-    def arriving(self, deadline: asyncio.Timeout) -> Iterator[None]:
-        """A body is arriving while this lasts."""
-        self._arriving[deadline] = asyncio.get_running_loop().time()
-        try:
-            yield
-        finally:
-            del self._arriving[deadline]
-
-    def hurry(self, seconds: float) -> None:
-        """Ends the wait for the bodies that have been arriving for so long."""
-        latest = asyncio.get_running_loop().time() - seconds
-        for deadline, since in self._arriving.items():
-            if since <= latest and not deadline.expired():
-                deadline.reschedule(HURRIED)
 
 
 class Share:
@@ -1504,7 +1517,44 @@ class Share:
         self.size += size
 
 
-HURRIED = 0.0  # on the event loop's clock: long ago, and so no deadline that BODY_SECONDS makes
+class ReadersRoom:
+    """Room in memory for what readers have asked for and have not taken yet.
+
+    The fuller it is, the smaller are the pages that may be read. So readers of common events never
+    wait for it. Large events can fill it. Then readers who take nothing for a while must go.
+    """
+
+    def __init__(self) -> None:
+        self.taking = TimeLimits()
+        self._held_bytes = 0
+        self._holders: Counter[int] = Counter()  # of each piece, as readers may share one
+        self._has_changed = asyncio.Event()
+
+    async def wait(self) -> int:
+        """Waits until there is room for a page; returns how many bytes it may have."""
+        while self._held_bytes >= READERS_BYTES:
+            self.taking.hurry(STUCK_SECONDS)
+            self._has_changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_changed.wait(), SLOW_SECONDS)
+        share = (READERS_BYTES - self._held_bytes) // READERS_SHARES
+        return max(1, min(PAGE_BYTES, share))
+
+    @contextlib.contextmanager
+    def holding(self, piece: bytes) -> Iterator[None]:
+        """A piece of an answer is in memory while this lasts."""
+        key = id(piece)
+        if key not in self._holders:
+            self._held_bytes += len(piece)
+        self._holders[key] += 1
+        try:
+            yield
+        finally:
+            self._holders[key] -= 1
+            if not self._holders[key]:
+                del self._holders[key]
+                self._held_bytes -= len(piece)
+                self._has_changed.set()
 
 
 class Asked(NamedTuple):
@@ -1558,9 +1608,7 @@ class Api:
         self._started_ticks = time.monotonic()
         self._subscribers = 0
         self._idle_subscribers = 0  # those that wait for the next event
-        self._readers = 0  # answers that are being streamed
-        self._held_bytes = 0  # of them, until their readers have taken them
-        self._has_room = asyncio.Event()
+        self._room = ReadersRoom()
         self._turn = asyncio.Lock()  # one reads at a time, so that the room holds
         self._pages: dict[Place, asyncio.Task[Page]] = {}  # that are being read now
         self._page_html = read_beside("dashboard.html")
@@ -1681,26 +1729,25 @@ class Api:
     async def _receive(self, content: StreamReader, share: Share) -> bytes:
         """The body, or the beginning of one that is too large; raises Refused (408, 503)."""
         body = bytearray()
-        deadline = asyncio.timeout(BODY_SECONDS)
+        limit: asyncio.Timeout | None = None
         try:
-            async with deadline:
-                with self._admission.arriving(deadline):
-                    while len(body) <= self._settings.max_body_bytes:
-                        piece = await content.readany()
-                        if not piece:
-                            break
-                        share.grow(len(piece))
-                        body += piece
+            async with self._admission.arriving.limit(BODY_SECONDS) as limit:
+                while len(body) <= self._settings.max_body_bytes:
+                    piece = await content.readany()
+                    if not piece:
+                        break
+                    share.grow(len(piece))
+                    body += piece
         except TimeoutError:
-            if deadline.when() != HURRIED:
-                raise Refused(408, f"The body did not arrive in {BODY_SECONDS:.0f} s") from None
-            raise unavailable("The service is stopping, or too busy for a slow body") from None
+            if limit is not None and limit.when() == HURRIED:
+                raise unavailable("The service is stopping, or too busy for a slow body") from None
+            raise Refused(408, f"The body did not arrive in {BODY_SECONDS:.0f} s") from None
         return bytes(body)
 
     def stop(self) -> None:
         """Refuses what comes from now on; what is under way has a short time to be answered."""
         self._commits.stop()
-        self._admission.hurry(0)
+        self._admission.arriving.hurry(0)
 
     # --- GET /events ---
 
@@ -1776,7 +1823,9 @@ class Api:
             page = await self._page(asked.form, asked.topic, after, asked.upto, limit)
             if page.count == 0:
                 break
-            yield head + page.text
+            if head:
+                yield head
+            yield page.text  # not added to the head: readers at one place share these bytes
             head = b"," if is_json else b""
             count += page.count
             after = page.last_seq
@@ -1806,9 +1855,12 @@ class Api:
                 next_event = self._commits.next_event(asked.topic)  # before reading: none slips by
                 limit = min(asked.limit - count, PAGE_EVENTS)
                 page = await self._page(FEED, asked.topic, after, asked.upto, limit, next_event)
-                if head or page.count:
-                    yield head + page.text
+                if head:
+                    yield head
                     head = b""
+                    sent = loop.time()
+                if page.count:
+                    yield page.text
                     sent = loop.time()
                 count += page.count
                 after = page.last_seq
@@ -1938,17 +1990,9 @@ class Api:
         raise unavailable(f"The database cannot be read: {reason}")
 
     async def _read_within_room(self, query: Callable[[int], T]) -> T:
-        """Runs a query when there is room for its page; it is told how many bytes it may have.
-
-        The more readers there are, the smaller are their pages, so that readers who do not take
-        what they asked for leave something for the others.
-        """
+        """Runs a query when there is room for its page; it is told how many bytes it may have."""
         async with self._turn:
-            while self._held_bytes >= READERS_BYTES:
-                self._has_room.clear()
-                await self._has_room.wait()
-            share = READERS_BYTES // max(1, self._readers)
-            return await self._read(query, min(PAGE_BYTES, share))
+            return await self._read(query, await self._room.wait())
 
     async def _stream(
         self,
@@ -1966,7 +2010,6 @@ class Api:
         if request.method == "HEAD":
             await response.prepare(request)
             return response
-        self._readers += 1
         try:
             async with contextlib.aclosing(pieces):
                 first = await anext(pieces, b"")  # if this read fails, it is not too late for a 503
@@ -1988,20 +2031,14 @@ class Api:
             if not response.prepared:
                 raise
             raise ConnectionError("the answer cannot be completed") from why
-        finally:
-            self._readers -= 1
         return response
 
     async def _write(self, response: web.StreamResponse, piece: bytes) -> None:
         """Sends a piece; raises TimeoutError if the reader does not take it."""
-        self._held_bytes += len(piece)
-        try:
+        with self._room.holding(piece):
             for start in range(0, len(piece), PAGE_BYTES):
-                async with asyncio.timeout(READER_SECONDS):
+                async with self._room.taking.limit(READER_SECONDS):
                     await response.write(piece[start : start + PAGE_BYTES])
-        finally:
-            self._held_bytes -= len(piece)
-            self._has_room.set()
 
     # --- the service itself ---
 
