@@ -144,7 +144,8 @@ HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 
 RETRY_MS = 1_000  # a subscriber that lost its feed waits so long before it comes back
 
 BODY_SECONDS = 30.0  # for a body to arrive
-SLOW_SECONDS = 1.0  # a body that takes longer must yield where room is short
+SLOW_SECONDS = 1.0  # a body that takes longer, and hardly moves, must go where room is short
+SLOW_BYTES_PER_SECOND = 10_000  # this is what "hardly moves" means
 KEEPALIVE_SECONDS = 30.0  # for a connection to begin a request and to finish its headers
 SHUTDOWN_SECONDS = 1.0  # for answers under way; aiohttp waits it twice, docker stop gives 10 s
 BACKLOG = 128  # connections that wait to be accepted; asyncio tries so many in a row
@@ -1453,36 +1454,55 @@ HERE = os.path.dirname(os.path.realpath(__file__))  # also where it is run throu
 HURRIED = 0.0  # on the event loop's clock: long ago, and so no time limit that anybody sets
 
 
+class TimeLimit(NamedTuple):
+    """A client that keeps room in memory, and until when it may."""
+
+    timeout: asyncio.Timeout
+    since: float
+    progress: Callable[[], int]  # bytes that have arrived since then
+
+
 class TimeLimits:
     """Time limits for clients that keep room in memory; they are cut short where it is needed."""
 
     def __init__(self) -> None:
-        self._since: dict[asyncio.Timeout, float] = {}
+        self._limits: set[TimeLimit] = set()
 
     @contextlib.asynccontextmanager
-    async def limit(self, seconds: float) -> AsyncIterator[asyncio.Timeout]:
+    async def limit(
+        self, seconds: float, progress: Callable[[], int] = int
+    ) -> AsyncIterator[asyncio.Timeout]:
         """Raises TimeoutError in its block after so many seconds, or when it is hurried."""
-        async with asyncio.timeout(seconds) as limit:
-            self._since[limit] = asyncio.get_running_loop().time()
+        async with asyncio.timeout(seconds) as timeout:
+            limit = TimeLimit(timeout, asyncio.get_running_loop().time(), progress)
+            self._limits.add(limit)
             try:
-                yield limit
+                yield timeout
             finally:
-                del self._since[limit]
+                self._limits.remove(limit)
 
-    def hurry(self, seconds: float) -> None:
-        """Ends the limits that have been running for so long."""
-        latest = asyncio.get_running_loop().time() - seconds
-        for limit, since in self._since.items():
-            if since <= latest and not limit.expired():
-                limit.reschedule(HURRIED)
+    def hurry(self, seconds: float, bytes_per_second: int) -> None:
+        """Ends the limits that have been running for so long, with less progress than that."""
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            age = now - limit.since
+            is_slow = limit.progress() <= age * bytes_per_second
+            if age >= seconds and is_slow and not limit.timeout.expired():
+                limit.timeout.reschedule(HURRIED)
+
+    def end(self) -> None:
+        """Ends them all."""
+        for limit in self._limits:
+            if not limit.timeout.expired():
+                limit.timeout.reschedule(HURRIED)
 
 
 class Admission:
     """Room in memory for the bodies of requests, by their bytes.
 
     A body takes room as it arrives, until its events are committed. So a sender that announces
-    much and sends little takes little. Where the room is used up, bodies that have been arriving
-    for long must go, so that senders of half a body keep nobody out.
+    much and sends little takes little. Where the room is used up, bodies that hardly move must go,
+    so that senders of half a body keep nobody out.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -1493,7 +1513,7 @@ class Admission:
     def take(self, size: int) -> None:
         """Takes room for so many bytes; raises Refused (503) where there is none."""
         if self.in_flight_bytes + size > self._most_bytes:
-            self.arriving.hurry(SLOW_SECONDS)
+            self.arriving.hurry(SLOW_SECONDS, SLOW_BYTES_PER_SECOND)
             raise unavailable("Too many bytes in flight")
         self.in_flight_bytes += size
 
@@ -1533,7 +1553,7 @@ class ReadersRoom:
     async def wait(self) -> int:
         """Waits until there is room for a page; returns how many bytes it may have."""
         while self._held_bytes >= READERS_BYTES:
-            self.taking.hurry(STUCK_SECONDS)
+            self.taking.hurry(STUCK_SECONDS, 0)
             self._has_changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._has_changed.wait(), SLOW_SECONDS)
@@ -1609,6 +1629,7 @@ class Api:
         self._subscribers = 0
         self._idle_subscribers = 0  # those that wait for the next event
         self._room = ReadersRoom()
+        self._failed_read: Callable[[], object] | None = None  # the last one, until it works
         self._turn = asyncio.Lock()  # one reads at a time, so that the room holds
         self._pages: dict[Place, asyncio.Task[Page]] = {}  # that are being read now
         self._page_html = read_beside("dashboard.html")
@@ -1731,7 +1752,7 @@ class Api:
         body = bytearray()
         limit: asyncio.Timeout | None = None
         try:
-            async with self._admission.arriving.limit(BODY_SECONDS) as limit:
+            async with self._admission.arriving.limit(BODY_SECONDS, lambda: len(body)) as limit:
                 while len(body) <= self._settings.max_body_bytes:
                     piece = await content.readany()
                     if not piece:
@@ -1747,7 +1768,7 @@ class Api:
     def stop(self) -> None:
         """Refuses what comes from now on; what is under way has a short time to be answered."""
         self._commits.stop()
-        self._admission.arriving.hurry(0)
+        self._admission.arriving.end()
 
     # --- GET /events ---
 
@@ -1977,17 +1998,28 @@ class Api:
         """Runs a method of the store in the reader's thread; raises Refused (503)."""
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.run_in_executor(self._reader_thread, query, *arguments)
+            return await loop.run_in_executor(self._reader_thread, query, *arguments)
         except Unavailable as why:
             reason = str(why)
             self._health.fails(READS, reason)
         except Exception as why:  # noqa: BLE001 - as in GroupCommit
             reason = type(why).__name__
             self._health.fails(READS, reason, why)
-        else:
-            self._health.works(READS)
-            return found
+        self._failed_read = functools.partial(query, *arguments)
         raise unavailable(f"The database cannot be read: {reason}")
+
+    async def _check_reads(self) -> None:
+        """While reads fail: tries whether the one that failed works again.
+
+        That others work means little: perhaps only some pages of the file are damaged.
+        """
+        if self._failed_read is not None:
+            failed_read = self._failed_read
+            self._failed_read = None
+            with contextlib.suppress(Refused):
+                await self._read(failed_read)
+                if self._failed_read is None:
+                    self._health.works(READS)
 
     async def _read_within_room(self, query: Callable[[int], T]) -> T:
         """Runs a query when there is room for its page; it is told how many bytes it may have."""
@@ -2047,7 +2079,8 @@ class Api:
         accept = ",".join(request.headers.getall("Accept", []))
         if not self._page_html or preferred(accept, [JSON, HTML]) == JSON:
             return await self.health(request)
-        status = 503 if await self._what_fails() else 200
+        await self._check_reads()
+        status = 503 if self._health.reasons else 200
         headers = NO_STORE | {"Vary": "Accept", "X-Frame-Options": "DENY"}
         return web.Response(
             status=status, body=self._page_html, content_type=HTML, charset="utf-8", headers=headers
@@ -2055,7 +2088,8 @@ class Api:
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: whether events can be stored and read."""
-        reason = await self._what_fails()
+        await self._check_reads()
+        reason = self._health.reasons
         health = {"service": NAME, "status": "running", "version": VERSION}
         if reason:
             health |= {"status": "failing", "reason": reason}
@@ -2063,13 +2097,6 @@ class Api:
         if request.method == "OPTIONS":
             headers["Allow"] = "GET, HEAD, OPTIONS"
         return web.json_response(health, status=503 if reason else 200, headers=headers)
-
-    async def _what_fails(self) -> str:
-        """Why the service is not well; empty if it is."""
-        if self._health.reason(READS):  # perhaps they work again
-            with contextlib.suppress(Refused):
-                await self._read(self._store.last_seq)
-        return self._health.reasons
 
     async def openapi(self, request: web.Request) -> web.Response:
         """GET /openapi.json: the contract as an OpenAPI document."""
@@ -2079,6 +2106,7 @@ class Api:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: Prometheus's text format 0.0.4."""
+        await self._check_reads()
         text = ""
         for metric in [*await self._stored_metrics(), *self._own_metrics()]:
             text += f"# HELP {metric.name} {metric.meaning}\n# TYPE {metric.name} {metric.kind}\n"
