@@ -736,6 +736,7 @@ PAGES = {  # by form, and whether it is of one topic
     for form in (JSON, LINES, FEED)
     for is_of_topic in (False, True)
 }
+OUR_FILES = ("", "-wal", "-shm")  # the database, its log, and the log's index: by their endings
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 # Programs that split a text into lines may split it at these characters too, and JSON allows them
 # inside of strings. Their escapes mean the same.
@@ -770,7 +771,9 @@ class SqliteStore:
         self._writer = self._connect()
         self._make_tables()
         self._writer.executescript(GROUP_TRIGGER)
-        self._identities = {path: identity(path) for path in (self.location, self._log_path)}
+        self._identities = {
+            self.location + ending: identity(self.location + ending) for ending in OUR_FILES
+        }
         self._reader = self._connect()
         self._reader.execute("PRAGMA query_only = ON")
         self._watcher = self._connect()
@@ -845,11 +848,11 @@ class SqliteStore:
         self._known_seq = first + is_new.rfind(1) if 1 in is_new else first - 1
 
     def _check_file(self) -> None:
-        """Raises Unavailable if the database or its log is not at its place any more."""
+        """Raises Unavailable if the database or what belongs to it is not at its place any more."""
         for path, known in self._identities.items():
             if not self._gone and identity(path) != known:
-                what = "database" if path == self.location else "write-ahead log"
-                self._gone = f"the {what} was removed, moved or replaced; start the service again"
+                name = os.path.basename(path)
+                self._gone = f"{name} was removed, moved or replaced; start the service again"
         if self._gone:
             raise Unavailable(self._gone)
 
@@ -1637,7 +1640,12 @@ class Api:
 
     async def start(self) -> None:
         """Starts the reader's thread, before anybody asks; raises RuntimeError without one."""
-        await self._read(self._store.last_seq)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._reader_thread, self._store.last_seq)
+
+    async def totals(self) -> Totals:
+        """The counters of all topics together; raises Refused (503)."""
+        return await self._read(self._store.totals)
 
     def finish(self) -> None:
         """Ends the reader's thread."""
@@ -1936,7 +1944,7 @@ class Api:
         return await self._stream(request, JSON_UTF8, self._stats_text())
 
     async def _stats_text(self) -> AsyncGenerator[bytes, None]:
-        totals = await self._read(self._store.totals)
+        totals = await self.totals()
         text = (
             f'{{"received": {totals.received}, "unique_processed": {totals.unique}, '
             f'"duplicate_dropped": {totals.duplicates}, "topics": ['
@@ -2118,7 +2126,7 @@ class Api:
     async def _stored_metrics(self) -> list[Metric]:
         """What only the database can tell; nothing if it cannot be read, for the rest matters."""
         try:
-            totals = await self._read(self._store.totals)
+            totals = await self.totals()
             size = await self._read(self._store.size)
         except Refused:
             return []
@@ -2339,6 +2347,7 @@ def integer(
 # They are handed to each other here and are not kept in globals, so that a test can have two.
 
 COMMITS_KEY = web.AppKey("commits", GroupCommit)
+API_KEY = web.AppKey("api", Api)
 STORE_KEY = web.AppKey[Store]("store")
 
 
@@ -2353,6 +2362,7 @@ def create_app(settings: Settings) -> web.Application:
         handler_args={"auto_decompress": False, "keepalive_timeout": KEEPALIVE_SECONDS},
     )
     app[COMMITS_KEY] = commits
+    app[API_KEY] = api
     app[STORE_KEY] = store
     app.router.add_get("/", api.root)
     app.router.add_options("/", api.health)
@@ -2582,7 +2592,7 @@ async def serve(settings: Settings) -> int:
         commits.crashed.add_done_callback(lambda _: stop.set())
         await site(runner, settings).start()
         port = runner.addresses[0][1]
-        await introduce(settings, port, app[STORE_KEY])
+        introduce(settings, port, app[STORE_KEY].location, await app[API_KEY].totals())
         await stop.wait()
         notice("Stopping: what was accepted is stored")
     finally:
@@ -2631,13 +2641,12 @@ def notice(text: str) -> None:
     log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
 
 
-async def introduce(settings: Settings, port: int, store: Store) -> None:
+def introduce(settings: Settings, port: int, location: str, totals: Totals) -> None:
     """The first lines of the log: what runs, where its events are, and what to try."""
-    totals = await asyncio.get_running_loop().run_in_executor(None, store.totals)
     address = f"http://{name_of(settings.host)}:{port}/"
     token = "set" if settings.api_token else "not set, so who reaches the address may use it"
     notice(f"{NAME} {VERSION}")
-    notice(f"Database: {store.location}, {totals.unique} events")
+    notice(f"Database: {location}, {totals.unique} events")
     notice(f"API token: {token}")
     notice(f"Running on {address} (Ctrl-C stops it)")
     notice(f"Try: open it in a browser, or python publisher.py --url {address}")
@@ -2653,12 +2662,14 @@ def name_of(host: str) -> str:
 def main() -> None:
     """`python aggregator.py`."""
     settings = read_settings(sys.argv[1:], os.environ)
-    prepare_process(settings)
     try:
+        prepare_process(settings)
         status = asyncio.run(serve(settings))
-    except StoreError as why:
+    except (StoreError, Unavailable) as why:
         sys.exit(f"aggregator: {why}")
-    except (OSError, OverflowError, RuntimeError, UnicodeError) as why:
+    except RuntimeError as why:  # can't start new thread
+        sys.exit(f"aggregator: {why}; see ulimit -u, or the container's limit of processes")
+    except (OSError, OverflowError, UnicodeError) as why:
         hint = f"; try --port {settings.port + 1}" if is_port_in_use(why) else ""
         reason = getattr(why, "strerror", None) or why
         sys.exit(f"aggregator: cannot serve on {settings.host}:{settings.port}: {reason}{hint}")
