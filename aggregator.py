@@ -736,7 +736,7 @@ PAGES = {  # by form, and whether it is of one topic
     for form in (JSON, LINES, FEED)
     for is_of_topic in (False, True)
 }
-OUR_FILES = ("", "-wal", "-shm")  # the database, its log, and the log's index: by their endings
+FILES = {"": "database", "-wal": "write-ahead log", "-shm": "index of the log"}  # by their endings
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 # Programs that split a text into lines may split it at these characters too, and JSON allows them
 # inside of strings. Their escapes mean the same.
@@ -771,9 +771,7 @@ class SqliteStore:
         self._writer = self._connect()
         self._make_tables()
         self._writer.executescript(GROUP_TRIGGER)
-        self._identities = {
-            self.location + ending: identity(self.location + ending) for ending in OUR_FILES
-        }
+        self._identities = {ending: identity(self.location + ending) for ending in FILES}
         self._reader = self._connect()
         self._reader.execute("PRAGMA query_only = ON")
         self._watcher = self._connect()
@@ -849,10 +847,10 @@ class SqliteStore:
 
     def _check_file(self) -> None:
         """Raises Unavailable if the database or what belongs to it is not at its place any more."""
-        for path, known in self._identities.items():
-            if not self._gone and identity(path) != known:
-                name = os.path.basename(path)
-                self._gone = f"{name} was removed, moved or replaced; start the service again"
+        for ending, known in self._identities.items():
+            if not self._gone and identity(self.location + ending) != known:
+                what = FILES[ending]
+                self._gone = f"the {what} was removed, moved or replaced; start the service again"
         if self._gone:
             raise Unavailable(self._gone)
 
