@@ -1281,17 +1281,20 @@ class GroupCommit:
     def _write(self) -> None:
         """The writer, in its thread: commits all that is ready, until it is told to end."""
         while (request := self._ready.get()) is not None:
-            group = [request]
-            size = request.size
-            while size < MAX_GROUP_BYTES and not self._ready.empty():
-                request = self._ready.get()
-                if request is None:  # never: it is the last, and put when all are answered
-                    return
-                group.append(request)
-                size += request.size
-            self._taken += len(group)
-            self._commit(group)
-            del group, request  # while the writer waits, it holds nothing
+            self._commit(self._group(request))
+            del request  # while the writer waits, it holds no events
+
+    def _group(self, first: Request) -> list[Request]:
+        """In the writer's thread: a request and all that is ready by now, up to a size."""
+        group = [first]
+        size = first.size
+        while size < MAX_GROUP_BYTES and not self._ready.empty():
+            request = self._ready.get()
+            assert request is not None  # None is the last, and put when all are answered
+            group.append(request)
+            size += request.size
+        self._taken += len(group)
+        return group
 
     def _commit(self, group: list[Request]) -> None:
         """In the writer's thread: stores a group, and has the event loop answer it."""
@@ -1393,7 +1396,10 @@ class GroupCommit:
                 await asyncio.sleep(WATCH_SECONDS)
             else:
                 self._health.works(NEWS)
-                self._tell(list(self._next_events) if topics is None else [*topics, None])
+                if topics is None:
+                    self._tell(list(self._next_events))
+                elif topics:
+                    self._tell([*topics, None])
             if self._health.reason(COMMITS) and not self.is_stopping:
                 await self._enqueue(Batch(b"", [], []), 0)
 
@@ -1409,8 +1415,9 @@ class GroupCommit:
         if not self.crashed.done():
             await self._queue.join()
         self._consumer.cancel()
+        self._watcher.cancel()
         self._ready.put(None)
-        await asyncio.wait([self._writer, self._watcher])
+        await asyncio.wait([self._writer])
         self._writer_thread.shutdown()
         self._watcher_thread.shutdown()
 
