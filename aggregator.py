@@ -99,7 +99,9 @@ class Settings:
         8080, "PORT", "port to listen on; 0 is any free one, and the log says which"
     )
     db: str = setting(
-        "data/dedup.db", "DB_PATH", "SQLite file, made if it is not there; or postgresql://…"
+        "data/dedup.db",
+        "DB_PATH",
+        "SQLite file, made if it is not there; or postgresql://HOST/NAME",
     )
     log_level: str = setting("INFO", "LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR")
     max_body_bytes: int = setting(
@@ -757,14 +759,13 @@ class SqliteStore:
         self._closing = threading.Event()
         try:
             check_sqlite_version()
-            if path == ":memory:":
-                raise StoreError("it would be in memory only; name a file")
+            check_is_file(path)
             make_folder(os.path.dirname(self.location))
             check_is_ours(self.location)
             self._open()
         except (OSError, RuntimeError, ValueError, sqlite3.Error, StoreError, Unavailable) as why:
             self._close_connections()
-            raise StoreError(f"cannot use the database {path}: {why}") from why
+            raise StoreError(f"cannot use the database {path}: {reason_of(why)}") from why
 
     def _open(self) -> None:
         """Opens a connection for the writer, the reader, the watcher, and for the checkpoints."""
@@ -1052,6 +1053,28 @@ def check_sqlite_version() -> None:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is older than 3.38; use a newer Python")
 
 
+def check_is_file(path: str) -> None:
+    """Raises StoreError if no database file can be there."""
+    if path == ":memory:":
+        raise StoreError("it would be in memory only; name a file")
+    if os.path.isdir(path):
+        raise StoreError("it is a folder; name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StoreError("it is no regular file; name another file")
+
+
+def reason_of(why: Exception) -> str:
+    """Why a database cannot be opened, and what to do."""
+    if isinstance(why, OSError):
+        return f"{why.strerror}; name a file in a folder where this user may write"
+    code = getattr(why, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):
+        return f"{why}; check its folder, and that this user may write to both"
+    if code == sqlite3.SQLITE_NOTADB:
+        return f"{why}; name another file"
+    return str(why)
+
+
 def make_folder(path: str) -> None:
     """Makes a folder and those above it, and sees to it that a power cut does not undo it."""
     if os.path.isdir(path):
@@ -1121,7 +1144,10 @@ def open_store(db: str) -> Store:
     # Run as a program, this module is called __main__. postgres.py has to find the same module
     # under its own name, and not a second copy with other classes.
     sys.modules.setdefault("aggregator", sys.modules[__name__])
-    import postgres
+    try:
+        import postgres
+    except ModuleNotFoundError as why:
+        raise StoreError(f"PostgreSQL needs the module {why.name}") from why
 
     store: Store = postgres.PostgresStore(db)
     return store
@@ -2428,6 +2454,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         )
     settings = Settings(**vars(parser.parse_args(arguments)))
     settings = replace(settings, log_level=settings.log_level.upper())
+    if not settings.db:
+        parser.error("--db is the name of a file")
     if not 0 <= settings.port <= 65_535:
         parser.error(f"--port is 0 to 65535, not {settings.port}")
     if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
@@ -2674,16 +2702,24 @@ def main() -> None:
         sys.exit(f"aggregator: {why}")
     except RuntimeError as why:  # can't start new thread
         sys.exit(f"aggregator: {why}; see ulimit -u, or the container's limit of processes")
-    except (OSError, OverflowError, UnicodeError) as why:
-        hint = f"; try --port {settings.port + 1}" if is_port_in_use(why) else ""
-        reason = getattr(why, "strerror", None) or why
-        sys.exit(f"aggregator: cannot serve on {settings.host}:{settings.port}: {reason}{hint}")
+    except (OSError, UnicodeError) as why:
+        place = f"{settings.host}:{settings.port}"
+        sys.exit(f"aggregator: cannot listen on {place}: {listen_error(why, settings.port)}")
     sys.exit(status)
 
 
-def is_port_in_use(why: BaseException) -> bool:
-    """Whether another program listens there."""
-    return isinstance(why, OSError) and why.errno == errno.EADDRINUSE
+def listen_error(why: OSError | UnicodeError, port: int) -> str:
+    """Why nobody can listen on the port, and what to do."""
+    if isinstance(why, UnicodeError):
+        return "this is no name of a host; try --host 127.0.0.1"
+    if isinstance(why, socket.gaierror) or why.errno is None:
+        return f"{why.strerror or why}; try --host 127.0.0.1"
+    reason = os.strerror(why.errno)  # without the address, which asyncio adds
+    if why.errno == errno.EADDRINUSE:
+        return f"{reason}; try --port {port % 65_535 + 1}"
+    if why.errno in (errno.EACCES, errno.EPERM):
+        return f"{reason}; try --port 8080, as low ports need more rights"
+    return f"{reason}; try --host 127.0.0.1"
 
 
 if __name__ == "__main__":
