@@ -25,6 +25,13 @@ Four rules hold everywhere, and the rest follows from them:
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports, which take 0.2 s: as process 1 of a
+    for early in (signal.SIGTERM, signal.SIGINT):  # container, it must not miss these signals
+        signal.signal(early, lambda number, frame: os._exit(0))
+
 import argparse
 import asyncio
 import bisect
@@ -38,10 +45,8 @@ import itertools
 import json
 import logging
 import math
-import os
 import queue
 import re
-import signal
 import socket
 import sqlite3
 import struct
@@ -67,9 +72,6 @@ from datetime import date, datetime, timedelta
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypeVar
-
-if __name__ == "__main__":  # loading aiohttp takes 0.2 s, and process 1 of a container ignores
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # what it does not handle
 
 from aiohttp import StreamReader, web
 from aiohttp.http import HttpProcessingError
@@ -152,9 +154,9 @@ KEEPALIVE_SECONDS = 30.0  # for a connection to begin a request and to finish it
 SHUTDOWN_SECONDS = 1.0  # for answers under way; aiohttp waits it twice, docker stop gives 10 s
 BACKLOG = 128  # connections that wait to be accepted; asyncio tries so many in a row
 OPEN_FILES = 10_000  # a connection is an open file, and the usual limit is 1,024
-COMPLAINT_SECONDS = 60.0  # between two lines about the same trouble with connections
+COMPLAINT_SECONDS = 60.0  # between two lines of the log about the same trouble
 LOG_QUEUE_BYTES = 4 * MIB  # of lines that wait to be written; what is beyond them is dropped
-STOP_SECONDS = 9.0  # to stop in; what hangs then, hangs for good, and docker stop gives 10 s
+STOP_SECONDS = 9  # to stop in; what hangs then, hangs for good, and docker stop gives 10 s
 LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
 GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 
@@ -1205,18 +1207,26 @@ class Health:
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}  # what fails - why
+        self._told: dict[str, float] = {}  # a line of the log - when it was written
 
     def fails(self, what: str, reason: str, error: BaseException | None = None) -> None:
         """Notes that something fails; `error` is one that nobody expected, for its traceback."""
         if self._reasons.get(what) != reason:
-            log.error("%s fail: %s", what, reason, exc_info=error)
+            self._tell(logging.ERROR, f"{what} fail: {reason}", error)
         self._reasons[what] = reason
 
     def works(self, what: str) -> None:
         """Notes that something works."""
         if what in self._reasons:
             del self._reasons[what]
-            log.warning("%s work again", what)
+            self._tell(logging.WARNING, f"{what} work again")
+
+    def _tell(self, level: int, line: str, error: BaseException | None = None) -> None:
+        """Logs a line, but not twice in a minute: on a full disk, small events may still work."""
+        now = time.monotonic()
+        if now - self._told.get(line, -math.inf) > COMPLAINT_SECONDS:
+            self._told[line] = now
+            log.log(level, "%s", line, exc_info=error)
 
     def reason(self, what: str) -> str | None:
         """Why this fails; None if it works."""
@@ -2649,12 +2659,12 @@ def handle_signals(stop: Callable[[], object]) -> None:
         if signals:
             os._exit(128 + number)
         signals.append(number)
-        last_resort = threading.Timer(STOP_SECONDS, os._exit, [1])
-        last_resort.daemon = True
-        last_resort.start()
+        if hasattr(signal, "alarm"):
+            signal.alarm(STOP_SECONDS)
         stop()
 
-    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):  # SIGBREAK is Windows's, for Ctrl-Break
+    # SIGBREAK is Windows's, for Ctrl-Break. SIGALRM comes STOP_SECONDS after the first signal.
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK", "SIGALRM"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handle)
 
