@@ -10,13 +10,16 @@ Everything here waits for conditions, up to PATIENCE_SECONDS, and never sleeps f
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import datetime
 import email.utils
 import functools
 import gc
 import gzip
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -38,7 +41,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import ANY
 
 import aiohttp
@@ -48,6 +51,9 @@ from aiohttp import web
 
 import aggregator
 from aggregator import Batch, Outcome, Refused, Settings, SqliteStore, create_app, validate
+
+with contextlib.suppress(ModuleNotFoundError):
+    import publisher
 
 pytestmark = [
     pytest.mark.asyncio,  # here, because no configuration file says asyncio_mode
@@ -2505,22 +2511,1019 @@ async def test_a_second_signal_ends_it_at_once(process: StartProcess) -> None:
 
 
 # --- publisher.py ------------------------------------------------------------------------------
+# StandIn and its fixtures, then: what is sent, the verdict, troubles and pauses, the command line,
+# and last the real thing against the real service.
+
+Event = dict[str, Any]
+Trouble = Callable[[int, web.Request], Awaitable[web.Response | None]]
 
 
-async def publisher(*flags: str, **environment: str) -> asyncio.subprocess.Process:
-    """A running `python publisher.py`."""
+async def no_trouble(_post: int, _request: web.Request) -> web.Response | None:
+    """A Trouble: given the number of a POST, from 1, what is answered in place of the truth."""
+    return None
+
+
+class StandIn:
+    """A service that stores in a list, and that a test can make fail or lie."""
+
+    def __init__(self) -> None:
+        self.log: list[Event] = []  # an event's sequence number is its place, from 1
+        self.posts: list[list[Event]] = []  # what came, also if it was not taken
+        self.times: list[float] = []  # when each of them came
+        self.under_way: list[list[Event]] = []
+        self.tokens: set[str | None] = set()
+        self.trouble: Trouble = no_trouble
+        self.lie: Callable[[list[Event]], object] = lambda log: None  # told once, before reading
+        self.counts: Callable[[dict[str, Any]], object] = lambda counts: counts
+        self.page: Callable[[dict[str, Any]], object] = lambda page: page
+
+    async def publish(self, request: web.Request) -> web.Response:
+        self.times.append(time.monotonic())
+        events = (await request.json())["events"]
+        self.posts.append(events)
+        self.under_way.append(events)
+        try:
+            troubled = await self.trouble(len(self.posts), request)
+        finally:
+            self.under_way.remove(events)
+        return troubled or web.json_response(self.counts(self.store(events)), status=202)
+
+    def store(self, events: list[Event]) -> dict[str, Any]:
+        known = {(old["topic"], old["event_id"]) for old in self.log if old and "topic" in old}
+        before = len(self.log)
+        for each in events:
+            if (each["topic"], each["event_id"]) not in known:
+                known.add((each["topic"], each["event_id"]))
+                self.log.append(each)
+        new = len(self.log) - before
+        values = (len(events), new, len(events) - new)
+        return dict(zip(COUNTERS, values, strict=True))
+
+    async def events(self, request: web.Request) -> web.Response:
+        self.tokens.add(request.headers.get("Authorization"))
+        if request.query["after"] == "latest":
+            if self.posts:
+                self.lie(self.log)
+            after = len(self.log)
+        else:
+            after = int(request.query["after"])
+        events = self.log[after : after + int(request.query["limit"])]
+        page = {"after": after, "events": events, "count": len(events)}
+        page["last_seq"] = after + len(events)
+        answer = self.page(page)
+        return answer if isinstance(answer, web.Response) else web.json_response(answer)
+
+
+@pytest_asyncio.fixture
+async def stand_in() -> AsyncIterator[StandIn]:
+    """A StandIn that listens at `stand_in.url`."""
+    found = StandIn()
+    app = web.Application(client_max_size=2**24)
+    app.add_routes([web.post("/publish", found.publish), web.get("/events", found.events)])
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield found
+    await runner.cleanup()
+
+
+class Ended(NamedTuple):
+    """What a run of the publisher ends in."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def verdict(self) -> str:
+        """The last line of the report."""
+        return self.out.splitlines()[-1]
+
+
+@pytest.fixture
+def simulate(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Awaitable[Ended]]]:
+    """Runs the publisher in this process: `await simulate(events=20)`."""
+    handlers = {number: signal.getsignal(number) for number in publisher.STOP_SIGNALS}
+
+    async def run(**changes: Any) -> Ended:
+        usual = {"url": stand_in.url, "events": 20, "batch_size": 5, "concurrency": 2, "wait": 5.0}
+        capsys.readouterr()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            code = await publisher.simulate(publisher.Settings(**(usual | changes)))
+        return Ended(code, *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+Simulate = Callable[..., Awaitable[Ended]]
+
+
+def planned(**changes: Any) -> publisher.Run:
+    """A run as it is planned."""
+    return publisher.plan(publisher.Settings(**changes))
+
+
+PINNED_EVENT = (
+    '{"topic":"user.registered","event_id":"09d6c961-74d5-40ef-a0a7-084411cf0719",'
+    '"timestamp":"2025-10-24T10:30:00.001Z","source":"publisher-68f63c9a1fe6",'
+    r'"payload":{"user_id":1,"age":9,"name":"Zoë \"Z\" \u0141uk","referrer":null}}'
+)
+
+
+def answers_with(status: int, times: int = 1, **headers: str) -> Trouble:
+    """A Trouble: the first requests get this status."""
+
+    async def trouble(post: int, _request: web.Request) -> web.Response | None:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(status=status, text="no", headers=names) if post <= times else None
+
+    return trouble
+
+
+# What it sends.
+
+
+@needs_publisher
+def test_the_number_of_an_event_is_in_its_id() -> None:
+    noise = bytes(9 * 5) + bytes.fromhex("0123456789abcdef01")
+    run = publisher.Run(6, "publisher-1", 0, 0xFFFFFFFFFFFF, noise, array.array("L", range(6)))
+    assert run.event_id(5) == "01234567-89ab-4cde-af01-fedcba987651"  # as its docstring says
+    assert [run.number(run.event_id(number)) for number in range(6)] == list(range(6))
+    for other in (
+        "01234567-89ab-4cde-af01-fedcba987650",  # event 4 of other noise
+        "01234567-89ab-4cde-af01-fedcba98765e",  # number 10, and there are 6
+        "01234567-89ab-4cde-af02-fedcba987651",
+        "01234567-89AB-4cde-af01-fedcba987651",
+        "",
+        "5",
+    ):
+        assert run.number(other) is None, other
+
+
+@needs_publisher
+async def test_what_it_sends_is_valid_and_has_unique_ids() -> None:
+    run = planned(events=1000, duplicate_rate=0.0)
+    events = [json.loads(run.event(number)) for number in range(1000)]
+    body = run.body(run.order)
+    assert json.loads(body) == {"events": events}
+    assert faults_of(body) == []
+    assert len({each["event_id"] for each in events}) == 1000
+    assert {each["source"] for each in events} == {run.source}
+    assert len({each["topic"] for each in events}) == len(publisher.TOPICS)
+    assert len({each["timestamp"] for each in events}) == 1000
+    times = [datetime.datetime.fromisoformat(each["timestamp"]) for each in events]
+    assert times == sorted(times)
+    assert (times[-1] - times[0]).total_seconds() == 0.999
+    assert -PATIENCE_SECONDS < times[-1].timestamp() - time.time() < 1
+
+
+@needs_publisher
+@pytest.mark.parametrize(
+    ("events", "rate", "unique"),
+    [(5000, 0.2, 4000), (10, 0.0, 10), (10, 0.99, 1), (1, 0.5, 1), (3, 0.5, 1), (7, 0.3, 5)],
+)
+def test_the_share_of_repeats_is_as_asked(
+    events: int, rate: float, unique: int
+) -> None:
+    run = planned(events=events, duplicate_rate=rate)
+    assert (run.unique, len(run.order), set(run.order)) == (unique, events, set(range(unique)))
+
+
+@needs_publisher
+def test_a_seed_makes_the_same_bytes_every_time() -> None:
+    def body(**changes: Any) -> bytes:
+        run = planned(**{"events": 300, "duplicate_rate": 0.2} | changes)
+        return run.body(run.order)
+
+    assert body(seed=7) == body(seed=7)
+    assert body(seed=7) != body(seed=8)
+    assert body() != body()
+    ids = [
+        {each["event_id"] for each in json.loads(body(**changes))["events"]}
+        for changes in ({"seed": 7}, {"seed": 7, "events": 301}, {"seed": 8}, {})
+    ]
+    assert sum(map(len, ids)) == len(set.union(*ids)), "another run has other ids"
+    # In another process, on another day, with another Python: this.
+    assert planned(events=300, duplicate_rate=0.2, seed=7).event(1) == PINNED_EVENT
+
+
+@needs_publisher
+def test_repeats_fall_into_the_same_batch_the_next_and_any() -> None:
+    run = planned(events=10_000, duplicate_rate=0.2, batch_size=50)
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(run.order):
+        places.setdefault(number, []).append(place // 50)
+    distances = [later - batches[0] for batches in places.values() for later in batches[1:]]
+    assert len(distances) == 2000
+    near = Counter(min(distance, 5) for distance in distances)
+    assert near[0] > 500, "the same batch"
+    assert near[1] > 200, "the next one, which is in flight at the same time"
+    assert near[5] > 400, "anywhere"
+
+
+@needs_publisher
+async def test_two_requests_at_once_hold_the_same_event(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    together: list[bool] = []
+
+    async def look(_post: int, _request: web.Request) -> None:
+        await asyncio.sleep(0)  # the others come in
+        ids = [each["event_id"] for events in stand_in.under_way for each in events]
+        per_request = [each for events in stand_in.under_way for each in unique_ids(events)]
+        together.append(len(set(per_request)) < len(per_request) <= len(ids))
+
+    stand_in.trouble = look
+    assert (await simulate(events=500, duplicate_rate=0.5, concurrency=8, seed=1)).code == 0
+    assert any(together)
+
+
+def unique_ids(events: list[Event]) -> set[str]:
+    return {each["event_id"] for each in events}
+
+
+@needs_publisher
+async def test_each_batch_goes_out_once_in_order_with_the_token(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    ended = await simulate(events=23, batch_size=5, concurrency=1, seed=3, api_token="t0ken")
+    assert ended.code == 0
+    run = planned(events=23, batch_size=5, seed=3)
+    sent = [each for events in stand_in.posts for each in events]
+    assert sent == json.loads(run.body(run.order))["events"]
+    assert [len(events) for events in stand_in.posts] == [5, 5, 5, 5, 3]
+    assert stand_in.tokens == {"Bearer t0ken"}
+
+
+@needs_publisher
+async def test_so_many_requests_are_under_way_and_no_more(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    gate = asyncio.Event()
+
+    async def hold(_post: int, _request: web.Request) -> None:
+        if len(stand_in.under_way) == 3:
+            gate.set()
+        await gate.wait()
+        assert len(stand_in.under_way) <= 3
+
+    stand_in.trouble = hold
+    assert (await simulate(events=100, concurrency=3)).code == 0
+
+
+@needs_publisher
+async def test_a_rate_sets_the_earliest_moment_of_each_batch(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    assert (await simulate(rate=100.0, concurrency=4)).code == 0  # 5 events each 0.05 s
+    first, *others = stand_in.times
+    early = [time - first for time in others]
+    assert all(came > 0.05 * n - 0.04 for n, came in enumerate(early, start=1)), early
+    assert early[-1] > 0.11
+
+
+@needs_publisher
+async def test_a_delay_is_caught_up_after_it(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    real_sleep = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if seconds != publisher.LINES_SECONDS:
+            pauses.append(seconds)
+        await real_sleep(seconds)
+
+    async def hold(post: int, _request: web.Request) -> None:
+        if post == 1:
+            await real_sleep(0.15)
+
+    stand_in.trouble = hold
+    monkeypatch.setattr(publisher.asyncio, "sleep", sleep)
+    assert (await simulate(rate=100.0, concurrency=1)).code == 0
+    assert len(pauses) == 4
+    assert pauses[1] < -0.09 and pauses[2] < -0.04 and pauses[3] < 0.01, pauses
+
+
+# Its verdict.
+
+
+@needs_publisher
+async def test_an_honest_service_passes_and_the_report_says_so(simulate: Simulate) -> None:
+    ended = await simulate(events=50, duplicate_rate=0.2)
+    assert ended.code == 0
+    outcome = "40 unique events stored exactly once, 10 duplicates dropped"
+    assert ended.verdict == f"Verdict: OK - {outcome}"
+    for line in (
+        r"Planned     50 events: 40 unique, 10 repeats",
+        r"Answered    50 events: 40 new, 10 duplicates",
+        r"Throughput  [1-9]\d* events/s, [1-9]\d* requests/s, 0\.\d\d s",
+        r"Latency     p50 \d+\.\d ms, p95 \d+\.\d ms, p99 \d+\.\d ms \(from first try to 202\)",
+        r"Retries     none",
+        r"Publisher   \d\.\d\d s of CPU, \d+% of the time",
+        r"Read back   40 events of publisher-[0-9a-f]{12}",
+    ):
+        assert re.search(f"^{line}$", ended.out, re.MULTILINE), line
+    assert not re.search("Note|Example|FAILED", ended.out)
+
+
+def moved_to(topic: str) -> Callable[[Event], Event]:
+    return lambda event: event | {"topic": topic}
+
+
+def with_payload(**changes: Any) -> Callable[[Event], Event]:
+    return lambda event: event | {"payload": event["payload"] | changes}
+
+
+def replaced(change: Callable[[Event], Any], where: int = 3) -> Callable[[list[Event]], None]:
+    """A lie: one event comes back changed."""
+
+    def lie(log: list[Event]) -> None:
+        log[where] = change(log[where])
+
+    return lie
+
+
+def to_floats(log: list[Event]) -> None:
+    """A lie: a payload with 1.0 in place of 1, which Python takes for equal."""
+    where, user = next((n, e) for n, e in enumerate(log) if e["topic"] == "user.registered")
+    log[where] = user | {"payload": user["payload"] | {"age": float(user["payload"]["age"])}}
+    assert log[where] == user
+
+
+LIES: dict[str, tuple[Callable[[list[Event]], object], str]] = {
+    "one stored twice": (lambda log: log.append(log[3]), "1 stored more than once"),
+    "all stored twice": (lambda log: log.extend(log[:]), "20 stored more than once"),
+    "two in a row": (lambda log: log.insert(3, log[3]), "1 stored more than once"),
+    "stored also under another topic": (
+        lambda log: log.append(log[3] | {"topic": "x"}),
+        "1 stored more than once",
+    ),
+    "stored only under another topic": (replaced(moved_to("x")), "1 altered"),
+    "a payload changed": (replaced(with_payload(extra=None)), "1 altered"),
+    "a payload lost": (replaced(lambda event: event | {"payload": {}}), "1 altered"),
+    "numbers that Python takes for equal": (to_floats, "1 altered"),
+    "a payload as text": (replaced(lambda e: e | {"payload": str(e["payload"])}), "1 altered"),
+    "another time": (replaced(lambda e: e | {"timestamp": e["timestamp"][:-1]}), "1 altered"),
+    "another source": (replaced(lambda event: event | {"source": "x"}), "1 altered"),
+    "a field more": (replaced(lambda event: event | {"seq": 4}), "1 altered"),
+    "a field less": (replaced(lambda e: {n: e[n] for n in e if n != "timestamp"}), "1 altered"),
+    "one lost": (lambda log: log.pop(3), "1 missing"),
+    "the first lost": (lambda log: log.pop(0), "1 missing"),
+    "the last lost": (lambda log: log.pop(), "1 missing"),
+    "all lost": (lambda log: log.clear(), "20 missing"),
+    "one invented": (lambda log: log.append(log[3] | {"event_id": "new"}), "1 never sent"),
+    "one invented, its id a number": (
+        lambda log: log.append(log[3] | {"event_id": 7}),
+        "1 never sent",
+    ),
+    "another id": (
+        replaced(lambda e: e | {"event_id": e["event_id"].upper()}),
+        "1 never sent, 1 missing",
+    ),
+    "no event any more": (replaced(lambda event: None), "1 missing"),
+    "backwards": (lambda log: log.reverse(), "19 out of order"),
+    "neighbours swapped": (lambda log: log.insert(3, log.pop(2)), "1 out of order"),
+    "the first request last": (lambda log: log.extend([log.pop(0) for _ in range(5)]), "5 out"),
+    "one comes too soon": (lambda log: log.insert(0, log.pop()), "19 out of order"),
+}
+
+
+@needs_publisher
+@pytest.mark.parametrize("case", LIES)
+async def test_a_lie_about_what_is_stored_is_found(
+    case: str, stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "PAGE_EVENTS", 7)
+    lie, problem = LIES[case]
+    told: list[object] = []
+    stand_in.lie = lambda log: told or told.append(lie(log))
+    ended = await simulate(duplicate_rate=0.0, concurrency=1, seed=7)
+    assert ended.code == 1
+    assert ended.verdict.startswith(f"Verdict: FAILED - {problem}"), ended.verdict
+    assert ended.verdict.endswith(" (of 20 unique events)")
+    problems = [part.split(" ", 1)[1] for part in problem.split(", ")]
+    examples = re.findall("^Example     ([a-z ]+): .+$", ended.out, re.MULTILINE)
+    assert [name[: len(problem)] for name, problem in zip(examples, problems, strict=True)] == (
+        problems
+    )
+
+
+@needs_publisher
+async def test_each_problem_is_counted_and_has_one_example(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    def lie(log: list[Event]) -> None:
+        if len(log) == 20:
+            log[4:6] = []
+            log[6] = log[6] | {"payload": {}}
+            log += [log[0], log[1], log[2], log[3] | {"event_id": "x"}]
+
+    stand_in.lie = lie
+    ended = await simulate(duplicate_rate=0.0, concurrency=1)
+    found = "1 altered, 3 stored more than once, 1 never sent, 2 missing"
+    assert ended.verdict == f"Verdict: FAILED - {found} (of 20 unique events)"
+    assert ended.out.count("\nExample     ") == 4
+    assert stand_in.log[0]["event_id"] in ended.out
+
+
+@needs_publisher
+async def test_events_of_others_and_requests_at_once_are_no_problem(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "PAGE_EVENTS", 7)
+    stand_in.log = [event(event_id="before"), {"anything": 1}, None, []]
+
+    async def mixed(post: int, _request: web.Request) -> None:
+        stand_in.log.append(event(event_id=f"beside {post}"))
+        if post % 3:  # later ones overtake it
+            await asyncio.sleep(0.002)
+
+    stand_in.trouble = mixed
+    ended = await simulate(events=200, duplicate_rate=0.4, concurrency=6)
+    assert (ended.code, ended.err.count("Waiting")) == (0, 0), ended
+
+
+@needs_publisher
+async def test_events_behind_the_end_that_it_names_are_seen(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    def too_low(page: dict[str, Any]) -> dict[str, Any]:
+        return page | {"last_seq": 20} if page["last_seq"] == 21 and not page["events"] else page
+
+    def hide(log: list[Event]) -> None:
+        if len(log) == 20:
+            log.append(log[0])
+
+    stand_in.lie = hide
+    stand_in.page = too_low
+    ended = await simulate(duplicate_rate=0.0)
+    assert "1 stored more than once" in ended.verdict
+
+
+def counts_off(**changes: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A lie: counts that are this much too high."""
+    return lambda found: found | {name: found[name] + more for name, more in changes.items()}
+
+
+FALSE_COUNTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "one more received": (counts_off(received=1), "4 answers with wrong counts"),
+    "one more, and it adds up": (
+        counts_off(received=1, duplicate_dropped=1),
+        "4 answers with wrong counts",
+    ),
+    "one more new": (counts_off(unique_processed=1), "4 answers with wrong counts, 1 wrong sums"),
+    "one more duplicate": (counts_off(duplicate_dropped=1), "4 answers with wrong counts"),
+    "new ones as duplicates": (
+        counts_off(unique_processed=-1, duplicate_dropped=1),
+        "1 wrong sums of counts",
+    ),
+    "nothing new": (counts_off(unique_processed=-5, duplicate_dropped=5), "1 wrong sums of counts"),
+}
+
+
+@needs_publisher
+@pytest.mark.parametrize("case", FALSE_COUNTS)
+async def test_a_lie_about_counts_is_found(
+    case: str, stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.counts, problem = FALSE_COUNTS[case]
+    ended = await simulate(duplicate_rate=0.0)
+    assert ended.code == 1
+    assert ended.verdict.startswith(f"Verdict: FAILED - {problem}"), ended.verdict
+    assert "Retries     none" in ended.out
+
+
+@needs_publisher
+async def test_a_repeat_that_is_counted_as_new_is_found(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.counts = lambda found: found | {"unique_processed": 5, "duplicate_dropped": 0}
+    ended = await simulate(events=20, duplicate_rate=0.5, seed=1)
+    assert ended.code == 1
+    assert re.search(r"[1-4] answers with wrong counts, 1 wrong sums of counts", ended.verdict)
+
+
+@needs_publisher
+async def test_what_a_lost_answer_had_stored_counts_as_duplicates(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    async def stored_but_not_said(post: int, request: web.Request) -> web.Response | None:
+        if post != 2:
+            return None
+        stand_in.store(stand_in.posts[1])
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    stand_in.trouble = stored_but_not_said
+    ended = await simulate(duplicate_rate=0.0)
+    assert ended.code == 0, ended
+    assert "Note        5 events were stored before, by a try whose answer got lost\n" in ended.out
+    assert "Answered    20 events: 15 new, 5 duplicates" in ended.out
+    assert "Retries     1 x connection" in ended.out
+
+    # One more than that try can have stored is a lie.
+    stand_in.posts.clear()
+    stand_in.counts = lambda found: (
+        found | {"unique_processed": 4, "duplicate_dropped": 1}
+        if found["unique_processed"] and len(stand_in.posts) == 5
+        else found
+    )
+    ended = await simulate(duplicate_rate=0.0, concurrency=1)
+    assert "FAILED - 1 wrong sums of counts" in ended.verdict
+
+
+@needs_publisher
+async def test_a_seed_that_was_sent_before_is_all_duplicates(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    assert (await simulate(seed=7)).code == 0
+    first = sorted(map(str, stand_in.posts))
+    stand_in.posts.clear()
+    stand_in.log.insert(0, stand_in.log.pop())  # nobody knows who stored them in which order
+    again = await simulate(seed=7)
+    assert again.code == 0
+    assert sorted(map(str, stand_in.posts)) == first
+    assert "Answered    20 events: 0 new, 20 duplicates" in again.out
+    assert "16 events were stored before, by a try whose answer got lost, or another" in again.out
+    stand_in.log.append(stand_in.log[3])
+    assert (await simulate(seed=7)).code == 1
+
+
+@needs_publisher
+async def test_the_order_of_a_new_seed_is_judged_too(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.lie = lambda log: log.reverse()
+    ended = await simulate(seed=7, concurrency=1)
+    assert "out of order" in ended.verdict
+
+
+@needs_publisher
+async def test_only_what_came_since_it_began_is_read(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    starts: list[int] = []
+    stand_in.page = lambda page: starts.append(page["after"]) or page
+    stand_in.log = [event(event_id=str(number)) for number in range(9)]
+    assert (await simulate(duplicate_rate=0.0)).code == 0
+    assert starts == [9, 29, 9, 29]  # where the end is, twice; the events; one page more
+    starts.clear()
+    assert (await simulate(duplicate_rate=0.0, seed=1)).code == 0
+    assert starts[2] == 0, "what has a seed may have been stored before"
+
+
+NO_PAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "events are no list": (lambda page: page | {"events": {}}, "events is no list"),
+    "no events": (lambda page: {"last_seq": page["last_seq"]}, "events is no list"),
+    "no last_seq": (lambda page: {"events": page["events"]}, "last_seq is null"),
+    "last_seq is true": (lambda page: page | {"last_seq": True}, "last_seq is true"),
+    "last_seq is text": (lambda page: page | {"last_seq": "20"}, 'last_seq is "20"'),
+    "last_seq does not grow": (lambda page: page | {"last_seq": page["after"]}, "last_seq is 0"),
+    "a list": (lambda page: page["events"], "[{"),
+    "no JSON": (lambda page: web.Response(text="<p>Hello"), "<p>Hello"),
+    "no UTF-8": (lambda page: web.Response(body=b"\xff\xfe{"), "not the answer"),
+    "too deep": (lambda page: web.Response(text="[" * 200_000), "[[["),
+    "without an end": (lambda page: web.Response(text=" " * 100_001), "larger than 100000 bytes"),
+}
+
+
+@needs_publisher
+@pytest.mark.parametrize("case", NO_PAGES)
+async def test_a_page_that_is_none_ends_the_run(
+    case: str, stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "without an end":
+        monkeypatch.setattr(publisher, "MAX_ANSWER_BYTES", 100_000)
+    lie, why = NO_PAGES[case]
+    stand_in.page = lambda page: lie(page) if page["events"] else page
+    ended = await simulate()
+    assert (ended.code, ended.out) == (1, "")
+    assert why in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
+
+
+@needs_publisher
+async def test_a_page_that_skips_or_holds_back_makes_events_missing(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "PAGE_EVENTS", 5)
+    stand_in.page = lambda page: page | {"events": page["events"][:-1]}
+    assert "FAILED - 4 missing" in (await simulate(duplicate_rate=0.0)).verdict
+    stand_in.page = lambda page: (
+        page | {"events": [], "last_seq": page["after"]} if page["events"] else page
+    )
+    assert "FAILED - 20 missing" in (await simulate(duplicate_rate=0.0)).verdict
+
+
+@needs_publisher
+async def test_a_log_that_grows_is_read_to_where_it_ended(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "PAGE_EVENTS", 5)
+    pages: list[int] = []
+
+    def grow(page: dict[str, Any]) -> dict[str, Any]:
+        if page["events"]:
+            pages.append(page["after"])
+            stand_in.log.extend(event(event_id=f"{len(pages)}/{n}") for n in range(9))
+        return page
+
+    stand_in.page = grow
+    assert (await simulate(duplicate_rate=0.0)).code == 0
+    assert pages == [0, 5, 10, 15, 20]
+
+
+@needs_publisher
+async def test_large_events_of_others_are_read_in_smaller_pages(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "MAX_ANSWER_BYTES", 100_000)
+
+    async def beside(post: int, _request: web.Request) -> None:
+        stand_in.log.extend(event(payload={"text": "x" * 40_000}) for _ in range(post))
+
+    stand_in.trouble = beside
+    assert (await simulate()).code == 0
+    stand_in.log.append(event(payload={"text": "x" * 100_000}))
+    stand_in.lie = lambda log: log.append(event(payload={"text": "x" * 100_000}))
+    ended = await simulate()
+    assert ended.code == 1
+    assert "larger than 100000 bytes" in ended.err
+
+
+@needs_publisher
+@pytest.mark.parametrize("name", COUNTERS)
+@pytest.mark.parametrize("value", [None, "5", 5.0, True, -1, 2**63])
+async def test_a_count_that_is_no_whole_number_ends_the_run(
+    name: str, value: Any, stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.counts = lambda found: found | {name: value}
+    ended = await simulate()
+    assert (ended.code, ended.out) == (1, "")
+    why = f"not the answer of an event aggregator: {name} is {json.dumps(value)}"
+    assert ended.err.splitlines()[-1] == f"publisher: {why}"
+
+
+# Troubles and pauses.
+
+
+@needs_publisher
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+async def test_later_is_tried_again(status: int, stand_in: StandIn, simulate: Simulate) -> None:
+    stand_in.trouble = answers_with(status, times=2)
+    ended = await simulate(concurrency=1)
+    assert ended.code == 0
+    assert f"Retries     2 x {status}\n" in ended.out
+    assert stand_in.posts[0] == stand_in.posts[1] == stand_in.posts[2]
+
+
+@needs_publisher
+@pytest.mark.parametrize("status", [301, 400, 401, 404, 408, 413, 415, 422, 500, 501])
+async def test_a_refusal_is_never_tried_again(
+    status: int, stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.trouble = answers_with(status, times=99, Retry_After="0", Location="/elsewhere")
+    ended = await simulate(concurrency=1)
+    assert (ended.code, ended.out, len(stand_in.posts)) == (1, "", 1)
+    where = f"POST {stand_in.url}/publish"
+    assert ended.err.splitlines()[-1] == f"publisher: {where} was refused: {status} no"
+
+
+@needs_publisher
+async def test_a_service_that_hangs_or_hangs_up_is_tried_again(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def trouble(post: int, request: web.Request) -> None:
+        assert request.transport is not None
+        if post == 1:
+            await asyncio.Event().wait()
+        if post == 2:
+            request.transport.abort()
+        if post == 3:
+            request.transport.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 99\r\n\r\n{")
+            request.transport.close()
+        if post == 4:
+            request.transport.write(b"nonsense\r\n\r\n")
+
+    stand_in.trouble = trouble
+    monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.2)
+    ended = await simulate(concurrency=1)
+    assert ended.code == 0, ended
+    assert "Retries     3 x connection, 1 x time-out\n" in ended.out
+
+
+@needs_publisher
+async def test_a_reason_is_one_line_that_cannot_steer_a_terminal(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.page = lambda page: web.Response(status=500, text="\x1b[2J\n\x07no\r\nway\u2028out")
+    ended = await simulate()
+    assert ended.err.endswith("&limit=1 was refused: 500 [2J no way out\n")
+
+    async def nonsense(_post: int, request: web.Request) -> None:
+        assert request.transport is not None
+        request.transport.write(b"\x1b[2Jnonsense\r\n\r\n")
+
+    stand_in.page = lambda page: page
+    stand_in.trouble = nonsense
+    ended = await simulate(wait=0.0, concurrency=1)
+    assert (ended.code, len(ended.err.splitlines())) == (1, 2)
+    assert ended.err.removesuffix("\n").replace("\n", "").isprintable()
+
+
+@needs_publisher
+async def test_pauses_are_random_below_a_limit_that_doubles(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        limits.append((low, high))
+        return high
+
+    monkeypatch.setattr(publisher.random, "uniform", uniform)
+    monkeypatch.setattr(publisher, "BACKOFF_MAX_SECONDS", 0.15)
+    stand_in.trouble = answers_with(503, times=4)
+    assert (await simulate(concurrency=1)).code == 0
+    assert limits == [(0, 0.05), (0, 0.1), (0, 0.15), (0, 0.15)]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(stand_in.times[:5])]
+    for pause, (_, least) in zip(pauses, limits, strict=True):
+        assert pause >= least - 0.001
+
+
+@needs_publisher
+async def test_retry_after_is_waited_for_and_the_pause_added(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher.random, "uniform", lambda low, high: high)
+    stand_in.trouble = answers_with(503, Retry_After="1")
+    assert (await simulate(concurrency=1)).code == 0
+    assert stand_in.times[1] - stand_in.times[0] >= 1.049
+
+
+@needs_publisher
+def test_retry_after_is_seconds_or_a_date_or_nothing() -> None:
+    assert publisher.retry_after("0") == 0
+    assert publisher.retry_after("120") == 120
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 50 < publisher.retry_after(in_a_minute) <= 60
+    long_ago = "Wed, 21 Oct 2015 07:28:00 GMT"
+    for nothing in (None, "", "soon", "-1", "1.5", long_ago, "Wed, 21 Oct 99999999 07:28:00 GMT"):
+        assert publisher.retry_after(nothing) == 0, nothing
+
+
+@needs_publisher
+async def test_it_gives_up_after_so_long_without_success(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.trouble = answers_with(503, times=999)
+    ended = await simulate(concurrency=1, wait=0.3)
+    assert (ended.code, ended.out) == (1, "")
+    assert 0.29 < stand_in.times[-1] - stand_in.times[0] < 0.3 + PATIENCE_SECONDS
+    words = r"publisher: gave up on \S+, [\d.]+ s without success: 503 no"
+    assert re.fullmatch(words, ended.err.splitlines()[-1]), ended.err
+
+
+@needs_publisher
+async def test_it_gives_up_if_asked_to_wait_too_long(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    stand_in.trouble = answers_with(503, times=999, Retry_After="6")
+    ended = await simulate(concurrency=1)
+    assert (ended.code, len(stand_in.posts)) == (1, 1)
+    assert ended.err.endswith(": 503 no (it asks for 6 s more)\n")
+
+
+@needs_publisher
+async def test_one_request_may_fail_while_others_go_on(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    async def unlucky(post: int, request: web.Request) -> web.Response | None:
+        is_first = (await request.json())["events"] == stand_in.posts[0]
+        return web.Response(status=503) if is_first and len(stand_in.log) < 60 else None
+
+    stand_in.trouble = unlucky
+    ended = await simulate(events=100, duplicate_rate=0.0, rate=250.0, wait=0.2)
+    assert ended.code == 0, ended
+    assert re.search(r"Retries     \d+ x 503\n", ended.out)
+
+
+@needs_publisher
+async def test_it_says_that_it_waits_only_after_a_failure(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        ended = await simulate(url=url, wait=0.3)
+    assert (ended.code, ended.out) == (1, "")
+    waiting, gave_up = ended.err.splitlines()
+    assert waiting.startswith(f"Waiting for {url}, 0.3 s at most: ")
+    assert gave_up.startswith(f"publisher: gave up on {url}, 0.")
+    assert waiting.endswith(" (is aggregator.py running?)")
+    assert gave_up.endswith(" (is aggregator.py running?)")
+
+    failures = iter([web.Response(status=503, text="starting"), web.Response(status=503)])
+    stand_in.page = lambda page: next(failures, page)
+    ended = await simulate()
+    assert ended.code == 0
+    assert f"Waiting for {stand_in.url}, 5 s at most: 503 starting\n" in ended.err
+    assert ended.err.count("Waiting") == 1
+    assert "Retries     none" in ended.out, "waiting for the start is no trouble of the run"
+    stand_in.trouble = answers_with(503)
+    stand_in.posts.clear()
+    assert "Waiting" not in (await simulate()).err
+
+
+# The command line.
+
+
+@needs_publisher
+async def test_it_says_how_to_watch_a_run(
+    stand_in: StandIn, simulate: Simulate
+) -> None:
+    said = (await simulate(events=50)).err
+    fast = "as fast as it can (to watch it on the page there: --rate 3)"
+    assert said == f"Sending 50 events to {stand_in.url}, {fast}\n"
+    said = (await simulate(events=5, rate=2000.0)).err
+    assert said == f"Sending 5 events to {stand_in.url}, 2000 events a second\n"
+
+
+@needs_publisher
+async def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = asyncio.Event()
+
+    async def pause(post: int, _request: web.Request) -> web.Response | None:
+        if post == 3:
+            await half.wait()
+        return web.Response(status=503) if post == 2 else None
+
+    async def seen(text: str) -> None:
+        await until(lambda: text in shown())
+        half.set()
+
+    shown: Callable[[], str]
+    stand_in.trouble = pause
+    monkeypatch.setattr(publisher, "TERMINAL_SECONDS", 0.01)
+    monkeypatch.setattr(publisher, "LINES_SECONDS", 0.01)
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda answer=is_terminal: answer
+        shown = stream.getvalue
+        monkeypatch.setattr(sys, "stderr", stream)
+        bar = "\r[###############...............] " if is_terminal else "\n"
+        text = f"{bar}Sent 5 of 10 events, 1 retries" + ("" if is_terminal else "\n")
+        stand_in.posts.clear()
+        half.clear()
+        watcher = asyncio.create_task(seen(text))
+        ended = await simulate(events=10, concurrency=1)
+        await watcher
+        assert ended.code == 0
+        full = f"\r[{'#' * 30}] Sent 10 of 10 events, 1 retries\n"
+        assert (full in shown()) == is_terminal
+        assert (f"\r[{'#' * 30}] Read 8 of 8 events, 1 retries\n" in shown()) == is_terminal
+
+
+@needs_publisher
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_it_cleanly(
+    number: int, stand_in: StandIn, simulate: Simulate
+) -> None:
+    async def interrupt(post: int, _request: web.Request) -> None:
+        if post == 3:
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # a second one changes nothing
+            await asyncio.Event().wait()
+
+    stand_in.trouble = interrupt
+    ended = await simulate(concurrency=1)
+    assert (ended.code, ended.out) == (128 + number, "")
+    name = signal.Signals(number).name
+    assert ended.err.splitlines()[-1] == f"publisher: ended by {name}, 10 events acknowledged"
+    await until(lambda: len(asyncio.all_tasks()) < 4)  # nothing of it goes on
+
+
+BAD_FLAGS = {
+    "--events": ["0", "-1", "1.5", "many", "", "10000001"],
+    "--duplicate-rate": ["1", "1.5", "-0.1", "nan", "x", ""],
+    "--batch-size": ["0", "10001", "x"],
+    "--concurrency": ["0", "1001", "x"],
+    "--rate": ["-1", "inf", "nan", "x"],
+    "--seed": ["1.5", "x", ""],
+    "--wait": ["-1", "inf", "x"],
+    "--api-token": ["two words", "é", "a\nb"],
+    "--url": [
+        *("localhost:8080", "ftp://localhost", "http://", "http://h:0", "http://h:65536", ""),
+        *("http://h:x", "http://[::1", "http://a b", "http://u@h", "http://h?q", "http://h#f"),
+        *("http://h/\udcff", "http://" + "h" * 64, "http://h\\x"),
+    ],
+    "--nonsense": ["1"],
+    "--event": ["5"],  # no abbreviations
+}
+
+
+@needs_publisher
+@pytest.mark.parametrize(
+    ("flag", "value"), [(flag, value) for flag, values in BAD_FLAGS.items() for value in values]
+)
+def test_a_flag_that_makes_no_sense_ends_it_with_2(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        publisher.read_settings([flag, value], {})
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert re.fullmatch(rf"publisher: .*{flag}.*\n", err)
+
+
+@needs_publisher
+def test_a_bad_variable_is_named_an_empty_one_ignored(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert publisher.read_settings([], {"TOTAL_EVENTS": "", "API_TOKEN": ""}).events == 5000
+    with pytest.raises(SystemExit) as ended:
+        publisher.read_settings([], {"TOTAL_EVENTS": "many"})
+    said = "publisher: TOTAL_EVENTS must be a whole number, 1 to 10000000, not 'many'\n"
+    assert (ended.value.code, capsys.readouterr()) == (2, ("", said))
+
+
+@needs_publisher
+def test_the_settings_are_those_of_the_contract() -> None:
+    assert publisher.read_settings([], {"PATH": "/"}) == publisher.Settings(
+        url="http://127.0.0.1:8080",
+        events=5000,
+        duplicate_rate=0.2,
+        batch_size=50,
+        concurrency=8,
+        rate=0.0,
+        seed=None,
+        wait=30.0,
+        api_token=None,
+    )
+    variables = {
+        "AGGREGATOR_URL": "https://[::1]:9/under/",
+        "TOTAL_EVENTS": "10000000",
+        "DUPLICATE_RATE": "0",
+        "BATCH_SIZE": "10000",
+        "CONCURRENCY": "1000",
+        "API_TOKEN": "t0ken",
+    }
+    flags = ["--rate", "1.5", "--seed", "-3", "--wait", "0"]
+    chosen = publisher.Settings(
+        "https://[::1]:9/under", 10_000_000, 0.0, 10_000, 1_000, 1.5, -3, 0.0, "t0ken"
+    )
+    assert publisher.read_settings(flags, variables) == chosen
+    over = ["--url", "http://h", "--events", "1", "--duplicate-rate", "0.9", "--batch-size", "1"]
+    over += ["--concurrency", "1", "--api-token", ""]
+    assert publisher.read_settings(over, variables) == publisher.Settings(
+        "http://h", 1, 0.9, 1, 1, 0.0, None, 30.0, None
+    )
+
+
+@needs_publisher
+def test_the_nearest_rank_is_the_percentile() -> None:
+    values = [float(number) for number in range(1, 201)]
+    assert [publisher.percentile(values, p) for p in (50, 95, 99)] == [100, 190, 198]
+    assert [publisher.percentile([7.0], p) for p in (50, 95, 99)] == [7, 7, 7]
+
+
+@needs_publisher
+def test_nobody_has_to_read_what_it_says(capfd: pytest.CaptureFixture[str]) -> None:
+    publisher.say("nothing", None)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        publisher.say("nothing", stream)
+        publisher.say("nothing", stream)
+    assert capfd.readouterr() == ("", "")
+
+
+# As it is run.
+
+
+async def started(*flags: str, **environment: str) -> asyncio.subprocess.Process:
+    """A running `python publisher.py`; the flags before `publisher.py` are for Python."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        str(HERE / "publisher.py"),
-        *flags,
+        *(flags if "publisher.py" in flags else ("publisher.py", *flags)),
+        cwd=HERE,
         env=clean_environment(environment),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
 
 
-async def outcome(running: asyncio.subprocess.Process) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a publisher, once it is done."""
+async def outcome(running: asyncio.subprocess.Process) -> Ended:
+    """Waits for the end of a publisher."""
     try:
         async with asyncio.timeout(2 * PATIENCE_SECONDS):
             out, err = await running.communicate()
@@ -2528,29 +3531,54 @@ async def outcome(running: asyncio.subprocess.Process) -> tuple[int, str, str]:
         running.kill()
         await running.wait()
         raise
-    return running.returncode, out.decode(), err.decode()
+    assert running.returncode is not None
+    return Ended(running.returncode, out.decode(), err.decode())
 
 
 @needs_publisher
-async def test_the_publisher_proves_that_each_event_is_stored_exactly_once(
-    process: StartProcess,
+async def test_it_runs_optimized_in_any_locale_and_with_closed_streams(
+    stand_in: StandIn,
 ) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    flags = ["--url", stand_in.url, "--events", "10"]
+    closed = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, sys.argv[1:])"
+    helped, optimized, unheard = await asyncio.gather(
+        *[
+            outcome(await started(*arguments, **plain))
+            for arguments in (
+                ["-OO", "publisher.py", "--help"],
+                ["-OO", "publisher.py", *flags],
+                ["-c", closed, sys.executable, "publisher.py", *flags],
+            )
+        ]
+    )
+    assert (helped.code, helped.err) == (0, "")
+    for name in ("simulator", "--url", "AGGREGATOR_URL", "http://127.0.0.1:8080", "Exit status"):
+        assert name in helped.out
+    assert (optimized.code, unheard.code) == (0, 0), (optimized, unheard)
+    assert optimized.verdict.startswith("Verdict: OK - 8 unique")
+    assert (unheard.out, unheard.err) == ("", "")
+    assert len(stand_in.log) == 16
+
+
+@needs_publisher
+async def test_it_proves_that_each_event_is_stored_exactly_once(process: StartProcess) -> None:
     service = await process(API_TOKEN="t0ken")
     service.session.headers["Authorization"] = "Bearer t0ken"
     flags = ["--url", service.url, "--events", "2000", "--duplicate-rate", "0.2", "--seed", "7"]
-    code, out, err = await outcome(await publisher(*flags, API_TOKEN="t0ken"))
-    assert code == 0, err
-    assert re.search("(?i)verdict", out) and "1600" in out and "400" in out
+    ended = await outcome(await started(*flags, API_TOKEN="t0ken"))
+    assert ended.code == 0, ended
+    assert ended.verdict.startswith("Verdict: OK - 1600 unique events stored exactly once, 400 ")
     assert await service.stats() == (2000, 1600, 400)
     assert len(await all_adds_up(service)) == 1600
 
 
 @needs_publisher
-async def test_the_publishers_verdict_holds_though_the_service_is_killed_under_it(
+async def test_its_verdict_holds_though_the_service_is_killed_under_it(
     process: StartProcess,
 ) -> None:
     service = await process()
-    running = await publisher(
+    running = await started(
         *("--url", service.url, "--events", "2000", "--duplicate-rate", "0.3"),
         *("--batch-size", "10", "--rate", "2000"),
     )
@@ -2562,30 +3590,9 @@ async def test_the_publishers_verdict_holds_though_the_service_is_killed_under_i
     await service.kill()
     assert running.returncode is None
     await service.start("--port", str(service.port))
-    code, out, err = await outcome(running)
-    assert code == 0, out + err
+    ended = await outcome(running)
+    assert ended.code == 0, ended
     assert len(await all_adds_up(service)) == 1400
-
-
-@needs_publisher
-async def test_the_publisher_exits_with_1_if_the_service_cannot_be_reached() -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
-        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        code, _, err = await outcome(await publisher("--url", url, "--wait", "1"))
-    assert code == 1
-    assert err and "Traceback" not in err
-
-
-@needs_publisher
-async def test_the_publisher_exits_with_2_on_bad_flags() -> None:
-    bad = [
-        *(["--events", "0"], ["--duplicate-rate", "1.5"], ["--nonsense"]),
-    ]
-    running = [await publisher(*flags) for flags in bad]
-    for flags, (code, out, err) in zip(bad, await asyncio.gather(*map(outcome, running))):
-        assert (code, out) == (2, ""), flags
-        assert err and "Traceback" not in err
 
 
 # --- The README --------------------------------------------------------------------------------
