@@ -60,7 +60,7 @@ BACKOFF_FIRST_SECONDS = 0.05  # a lost connection is often back at once
 BACKOFF_MAX_SECONDS = 2.0  # so that a restarted service does not stand idle for long
 RETRY_STATUSES = frozenset({429, 502, 503, 504})  # "later"; and a proxy's words for "nobody there"
 
-PAGE_EVENTS = 1_000  # read back at a time: some 240 kB, and 20 ms of work
+PAGE_EVENTS = 1_000  # read back at a time: some 240 kB, and 20 ms of work; a power of ten
 MAX_ANSWER_BYTES = 64 * 1024 * 1024  # an answer without an end must not fill the memory
 MAX_EVENTS = 10_000_000  # in a run: it takes a gigabyte to plan and check so many
 
@@ -681,7 +681,7 @@ async def read_back(
         except AnswerTooLarge:  # events of others may have megabytes each
             if limit == 1:
                 raise
-            limit = max(1, limit // 10)
+            limit //= 10
             continue
         for event in page.events:
             check_event(event, run, order, findings)
