@@ -360,7 +360,10 @@ class AnswerTooLarge(RunFailed):
 
 def canonical(value: object) -> str:
     """The same text for the same JSON. Comparing in Python would take true for 1."""
-    return json.dumps(value, sort_keys=True)
+    try:
+        return json.dumps(value, sort_keys=True)
+    except RecursionError:  # nothing that was sent is nested like that
+        return "nested too deeply"
 
 
 def not_an_aggregator(why: str) -> RunFailed:
@@ -601,9 +604,9 @@ def check_sums(tally: Tally, run: Run, is_new: bool, findings: Findings) -> None
     Fewer are new if an earlier try stored some and its answer got lost. In a run that is not new,
     one with a seed, any number of them may be stored already, and nobody can tell.
     """
-    missing = run.unique - tally.unique
+    stored_before = run.unique - tally.unique
     most = tally.in_doubt if is_new else run.unique
-    if not 0 <= missing <= most:
+    if not 0 <= stored_before <= most:
         example = {"unique events sent": run.unique, "counted as new": tally.unique}
         findings.add("wrong sums of counts", example)
 
@@ -670,8 +673,8 @@ async def read_back(
 ) -> None:
     """Reads all that was stored behind `after` and judges what is of this run; raises RunFailed.
 
-    Others may go on publishing for ever, so the end is what is the last event now. One more page
-    is read behind it: a service that is wrong about its end shows there what it hides.
+    Others may go on publishing for ever, so it reads to what is the last event now, and one page
+    more: what a service keeps back when it is asked for its last event shows there.
     """
     end = await service.last_seq()
     limit = PAGE_EVENTS
