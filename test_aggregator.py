@@ -2730,21 +2730,19 @@ def test_repeats_fall_into_the_same_batch_the_next_and_any() -> None:
 async def test_two_requests_at_once_hold_the_same_event(
     stand_in: StandIn, simulate: Simulate
 ) -> None:
-    together: list[bool] = []
+    gate = asyncio.Event()
+    under_way: list[list[Event]] = []
 
-    async def look(_post: int, _request: web.Request) -> None:
-        await asyncio.sleep(0)  # the others come in
-        ids = [each["event_id"] for events in stand_in.under_way for each in events]
-        per_request = [each for events in stand_in.under_way for each in unique_ids(events)]
-        together.append(len(set(per_request)) < len(per_request) <= len(ids))
+    async def hold(_post: int, _request: web.Request) -> None:
+        if len(stand_in.under_way) == 8:
+            under_way.extend(stand_in.under_way)
+            gate.set()
+        await gate.wait()
 
-    stand_in.trouble = look
+    stand_in.trouble = hold
     assert (await simulate(events=500, duplicate_rate=0.5, concurrency=8, seed=1)).code == 0
-    assert any(together)
-
-
-def unique_ids(events: list[Event]) -> set[str]:
-    return {each["event_id"] for each in events}
+    ids = [{each["event_id"] for each in events} for events in under_way[:8]]
+    assert sum(map(len, ids)) > len(set.union(*ids))
 
 
 @needs_publisher
@@ -2780,11 +2778,9 @@ async def test_so_many_requests_are_under_way_and_no_more(
 async def test_a_rate_sets_the_earliest_moment_of_each_batch(
     stand_in: StandIn, simulate: Simulate
 ) -> None:
+    began = time.monotonic()
     assert (await simulate(rate=100.0, concurrency=4)).code == 0  # 5 events each 0.05 s
-    first, *others = stand_in.times
-    early = [time - first for time in others]
-    assert all(came > 0.05 * n - 0.04 for n, came in enumerate(early, start=1)), early
-    assert early[-1] > 0.11
+    assert all(came - began > 0.049 * batch for batch, came in enumerate(stand_in.times))
 
 
 @needs_publisher
@@ -2966,7 +2962,7 @@ async def test_the_order_of_keys_and_the_spelling_do_not_matter(
 @needs_publisher
 def test_json_of_any_depth_can_be_compared() -> None:
     deep: dict[str, Any] = {}
-    for _ in range(200_000):
+    for _ in range(20_000):
         deep = {"deeper": deep}
     assert publisher.canonical(deep) != publisher.canonical({"deeper": {}})
 
@@ -3240,7 +3236,7 @@ async def test_a_service_that_hangs_or_hangs_up_is_tried_again(
             request.transport.write(b"nonsense\r\n\r\n")
 
     stand_in.trouble = trouble
-    monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.5)
     ended = await simulate(concurrency=1)
     assert ended.code == 0, ended
     assert "Retries     3 x connection, 1 x time-out\n" in ended.out
@@ -3337,10 +3333,10 @@ async def test_one_request_may_fail_while_others_go_on(
 ) -> None:
     async def unlucky(post: int, request: web.Request) -> web.Response | None:
         is_first = (await request.json())["events"] == stand_in.posts[0]
-        return web.Response(status=503) if is_first and len(stand_in.log) < 60 else None
+        return web.Response(status=503) if is_first and len(stand_in.log) < 80 else None
 
     stand_in.trouble = unlucky
-    ended = await simulate(events=100, duplicate_rate=0.0, rate=250.0, wait=0.2)
+    ended = await simulate(events=100, duplicate_rate=0.0, rate=100.0, wait=0.6)
     assert ended.code == 0, ended
     assert re.search(r"Retries     \d+ x 503\n", ended.out)
 
