@@ -3164,6 +3164,12 @@ async def test_a_log_that_grows_is_read_to_where_it_ended(
 
 
 @needs_publisher
+def test_a_page_of_its_own_events_is_not_too_large() -> None:
+    run = planned(events=publisher.PAGE_EVENTS, duplicate_rate=0.0)
+    assert 2 * len(run.body(run.order)) < publisher.MAX_ANSWER_BYTES
+
+
+@needs_publisher
 async def test_large_events_of_others_are_read_in_smaller_pages(
     stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3315,6 +3321,11 @@ async def test_it_gives_up_after_so_long_without_success(
     assert others[-1] - first > 0.29
     words = r"publisher: gave up on \S+, [\d.]+ s without success: 503 no"
     assert re.fullmatch(words, ended.err.splitlines()[-1]), ended.err
+
+
+@needs_publisher
+def test_a_service_that_hangs_is_tried_again_before_giving_up() -> None:
+    assert publisher.BACKOFF_MAX_SECONDS + 2 * publisher.REQUEST_SECONDS < publisher.Settings().wait
 
 
 @needs_publisher
