@@ -2602,11 +2602,19 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def simulate(
-    stand_in: StandIn, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Awaitable[Ended]]]:
-    """Runs the publisher in this process: `await simulate(events=20)`."""
+def signals() -> Iterator[None]:
+    """Gives the handlers of signals back that the publisher takes."""
     handlers = {number: signal.getsignal(number) for number in publisher.STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def simulate(
+    stand_in: StandIn, signals: None, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Awaitable[Ended]]:
+    """Runs the publisher in this process: `await simulate(events=20)`."""
 
     async def run(**changes: Any) -> Ended:
         usual = {"url": stand_in.url, "events": 20, "batch_size": 5, "concurrency": 2, "wait": 5.0}
@@ -2615,9 +2623,7 @@ def simulate(
             code = await publisher.simulate(publisher.Settings(**(usual | changes)))
         return Ended(code, *capsys.readouterr())
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 Simulate = Callable[..., Awaitable[Ended]]
@@ -3447,6 +3453,16 @@ async def test_a_signal_ends_it_cleanly(
     name = signal.Signals(number).name
     assert ended.err.splitlines()[-1] == f"publisher: ended by {name}, 10 events acknowledged"
     await until(lambda: not [task for task in asyncio.all_tasks() if "publisher.py" in repr(task)])
+
+
+@needs_publisher
+def test_a_signal_at_the_very_end_does_no_harm(signals: None) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        assert asyncio.run(publisher.simulate(publisher.Settings(url=url, wait=0.0))) == 1
+    for number in publisher.STOP_SIGNALS:
+        signal.raise_signal(number)
 
 
 BAD_FLAGS = {
