@@ -2539,6 +2539,7 @@ class StandIn:
 
     async def publish(self, request: web.Request) -> web.Response:
         self.times.append(time.monotonic())
+        assert request.content_type == "application/json"
         events = (await request.json())["events"]
         self.posts.append(events)
         self.under_way.append(events)
@@ -2867,6 +2868,7 @@ LIES: dict[str, tuple[Callable[[list[Event]], object], str]] = {
         "1 stored more than once",
     ),
     "stored only under another topic": (replaced(moved_to("x")), "1 altered"),
+    "capital letters": (replaced(lambda e: e | {"topic": e["topic"].upper()}), "1 altered"),
     "a payload changed": (replaced(with_payload(extra=None)), "1 altered"),
     "a payload lost": (replaced(lambda event: event | {"payload": {}}), "1 altered"),
     "numbers that Python takes for equal": (to_floats, "1 altered"),
