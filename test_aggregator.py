@@ -3301,8 +3301,11 @@ async def test_retry_after_is_waited_for_and_the_pause_added(
 ) -> None:
     monkeypatch.setattr(publisher.random, "uniform", lambda low, high: high)
     stand_in.trouble = answers_with(503, Retry_After="1")
-    assert (await simulate(concurrency=1)).code == 0
+    ended = await simulate(concurrency=1)
+    assert ended.code == 0
     assert stand_in.times[1] - stand_in.times[0] >= 1.049
+    slowest = re.search(r"p99 (\d+)\.\d ms", ended.out)
+    assert slowest and int(slowest[1]) >= 1049, "the pause counts: it is what a publisher feels"
 
 
 @needs_publisher
@@ -3322,11 +3325,11 @@ async def test_it_gives_up_after_so_long_without_success(
 ) -> None:
     monkeypatch.setattr(publisher.random, "uniform", lambda low, high: 99.0)
     stand_in.trouble = answers_with(503, times=999)
-    ended = await simulate(concurrency=1, wait=0.3)
+    ended = await simulate(concurrency=1, wait=1.0)
     assert (ended.code, ended.out) == (1, "")
     first, *others = stand_in.times
     assert len(others) < 3, "the last try falls on the end of that time"
-    assert others[-1] - first > 0.29
+    assert others[-1] - first > 0.99
     words = r"publisher: gave up on \S+, [\d.]+ s without success: 503 no"
     assert re.fullmatch(words, ended.err.splitlines()[-1]), ended.err
 
@@ -3367,11 +3370,11 @@ async def test_it_says_that_it_waits_only_after_a_failure(
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        ended = await simulate(url=url, wait=0.3)
+        ended = await simulate(url=url, wait=1.0)
     assert (ended.code, ended.out) == (1, "")
     waiting, gave_up = ended.err.splitlines()
-    assert waiting.startswith(f"Waiting for {url}, 0.3 s at most: ")
-    assert gave_up.startswith(f"publisher: gave up on {url}, 0.")
+    assert waiting.startswith(f"Waiting for {url}, 1 s at most: ")
+    assert gave_up.startswith(f"publisher: gave up on {url}, ")
     assert waiting.endswith(" (is aggregator.py running?)")
     assert gave_up.endswith(" (is aggregator.py running?)")
 
