@@ -1079,9 +1079,9 @@ def reason_of(why: Exception) -> str:
 
 def make_folder(path: str) -> None:
     """Makes a folder and those above it, and sees to it that a power cut does not undo it."""
-    if os.path.isdir(path):
-        return
     parent = os.path.dirname(path)
+    if os.path.isdir(path) or parent == path:  # the root of a drive that is not there
+        return
     make_folder(parent)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
@@ -1665,7 +1665,7 @@ class Api:
         self._health = health
         self._commits = commits
         self._admission = Admission(settings.max_in_flight_bytes)
-        self._is_local = is_loopback(settings.host)
+        self.is_local = is_loopback(settings.host)
         self._reader_thread = ThreadPoolExecutor(1, "reader")
         self._refusals: Counter[int] = Counter()  # by status
         self._started = time.time()
@@ -1733,7 +1733,7 @@ class Api:
         """Lets in who may come in."""
         if self._settings.api_token:
             self._check_token(request)
-        elif self._is_local and not is_local_name(request.headers.get("Host", "")):
+        elif self.is_local and not is_local_name(request.headers.get("Host", "")):
             raise Refused(
                 421,
                 "Without a token, this address answers only to the names localhost and to IP "
@@ -2458,14 +2458,12 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         default = each.default if each.default != "" else "none"
         parser.add_argument(
             "--" + each.name.replace("_", "-"),
-            type=type(each.default),
+            type=reader(each.default),
             default=environment.get(variable) or each.default,
             help=f"{each.metadata['meaning']} (default: {default}; environment: {variable})",
         )
     settings = Settings(**vars(parser.parse_args(arguments)))
     settings = replace(settings, log_level=settings.log_level.upper())
-    if not settings.db:
-        parser.error("--db is the name of a file")
     if not 0 <= settings.port <= 65_535:
         parser.error(f"--port is 0 to 65535, not {settings.port}")
     if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
@@ -2475,6 +2473,16 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     if not re.fullmatch("[!-~]*", settings.api_token):
         parser.error("--api-token is ASCII without spaces: a header has to carry it")
     return settings
+
+
+def reader(default: Any) -> Callable[[str], Any]:
+    """What makes a setting of a text; an empty one is the default, as it is for a variable."""
+
+    def read(text: str) -> Any:
+        return type(default)(text) if text else default
+
+    read.__name__ = type(default).__name__  # for argparse's "invalid int value"
+    return read
 
 
 class LogHandler(logging.Handler):
@@ -2582,9 +2590,9 @@ def prepare_log(level: str) -> None:
 
 def return_memory() -> None:
     """Has glibc give large blocks back to the system when they are freed."""
-    import ctypes
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # another C library
+        import ctypes
 
-    with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(parameter, MIB)
@@ -2603,17 +2611,22 @@ def raise_open_files() -> None:
 class Complaints:
     """What asyncio complains about, without its flood when the open files run out."""
 
-    def __init__(self) -> None:
+    def __init__(self, listen_again: Callable[[], object]) -> None:
+        self._listen_again = listen_again
         self._told = -math.inf  # when it was said last
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio's exception handler."""
         error = context.get("exception")
-        if not isinstance(error, OSError) or "accept" not in context.get("message", ""):
+        message = context.get("message", "")
+        if not isinstance(error, OSError) or "accept" not in message.lower():
             loop.default_exception_handler(context)
-        elif loop.time() - self._told > COMPLAINT_SECONDS:
+            return
+        if loop.time() - self._told > COMPLAINT_SECONDS:
             self._told = loop.time()
             log.error("New connections cannot be accepted: %s", error.strerror)
+        if message == "Accept failed on a socket":  # Windows: and now that socket is closed
+            self._listen_again()
 
 
 async def serve(settings: Settings) -> int:
@@ -2622,7 +2635,6 @@ async def serve(settings: Settings) -> int:
     Raises StoreError, or OSError where nobody can listen.
     """
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(Complaints())
     stop = asyncio.Event()
     handle_signals(lambda: loop.call_soon_threadsafe(stop.set))
     app = create_app(settings)
@@ -2633,9 +2645,13 @@ async def serve(settings: Settings) -> int:
         await runner.setup()
         commits = app[COMMITS_KEY]
         commits.crashed.add_done_callback(lambda _: stop.set())
-        await site(runner, settings).start()
-        port = runner.addresses[0][1]
-        introduce(settings, port, app[STORE_KEY].location, await app[API_KEY].totals())
+        await site(runner, settings.host, settings.port).start()
+        host, port = runner.addresses[0][:2]
+        app[API_KEY].is_local = all(is_loopback(address[0]) for address in runner.addresses)
+        loop.set_exception_handler(
+            Complaints(lambda: loop.create_task(site(runner, settings.host, port).start()))
+        )
+        introduce(settings, link(host, port), app[STORE_KEY].location, await app[API_KEY].totals())
         await stop.wait()
         notice("Stopping: what was accepted is stored")
     finally:
@@ -2664,19 +2680,29 @@ def handle_signals(stop: Callable[[], object]) -> None:
         stop()
 
     # SIGBREAK is Windows's, for Ctrl-Break. SIGALRM comes STOP_SECONDS after the first signal.
-    for name in ("SIGTERM", "SIGINT", "SIGBREAK", "SIGALRM"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handle)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK", "SIGALRM"):
+        number = getattr(signal, name, None)
+        if number is not None and not is_ignored(number):
+            signal.signal(number, handle)
 
 
-def site(runner: web.AppRunner, settings: Settings) -> web.BaseSite:
-    """Where the service listens."""
-    if settings.host == "::" and socket.has_dualstack_ipv6():  # IPv4, too
+def is_ignored(number: int) -> bool:
+    """Whether the signal of a terminal that closes is to be ignored, as nohup asks for."""
+    is_hangup = number == getattr(signal, "SIGHUP", None)
+    return is_hangup and signal.getsignal(number) is signal.SIG_IGN
+
+
+def site(runner: web.AppRunner, host: str, port: int) -> web.BaseSite:
+    """Where the service listens: host is a name, or an address with or without brackets."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        host = str(address)
+    if host == "::" and socket.has_dualstack_ipv6():  # IPv4, too
         listener = socket.create_server(
-            ("::", settings.port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+            (host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
         )
         return web.SockSite(runner, listener, backlog=BACKLOG)
-    return web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+    return web.TCPSite(runner, host, port, backlog=BACKLOG)
 
 
 def notice(text: str) -> None:
@@ -2684,9 +2710,8 @@ def notice(text: str) -> None:
     log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
 
 
-def introduce(settings: Settings, port: int, location: str, totals: Totals) -> None:
+def introduce(settings: Settings, address: str, location: str, totals: Totals) -> None:
     """The first lines of the log: what runs, where its events are, and what to try."""
-    address = f"http://{name_of(settings.host)}:{port}/"
     token = "set" if settings.api_token else "not set, so who reaches the address may use it"
     notice(f"{NAME} {VERSION}")
     notice(f"Database: {location}, {totals.unique} events")
@@ -2695,11 +2720,11 @@ def introduce(settings: Settings, port: int, location: str, totals: Totals) -> N
     notice(f"Try: open it in a browser, or python publisher.py --url {address}")
 
 
-def name_of(host: str) -> str:
-    """A host as it stands in a link that works on this machine."""
-    if host in ("0.0.0.0", "::", "127.0.0.1", ""):
-        return "localhost"
-    return f"[{host}]" if ":" in host else host
+def link(host: str, port: int) -> str:
+    """An address that is listened on, as a link that works on this machine."""
+    if ipaddress.ip_address(host).is_unspecified or host == "127.0.0.1":
+        host = "localhost"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def main() -> None:
