@@ -2088,12 +2088,12 @@ class Api:
         complete: HTTP/1.0 has no other way to tell. It does so also if the process dies.
         """
         response = web.StreamResponse(headers={"Content-Type": content_type} | dict(headers))
-        if request.method == "HEAD":
-            await response.prepare(request)
-            return response
         try:
             async with contextlib.aclosing(pieces):
                 first = await anext(pieces, b"")  # if this read fails, it is not too late for a 503
+                if request.method == "HEAD":
+                    await response.prepare(request)
+                    return response
                 set_reset_on_close(request, True)
                 try:
                     await response.prepare(request)
@@ -2127,7 +2127,9 @@ class Api:
         """GET /: for browsers the page, for all others GET /health."""
         accept = ",".join(request.headers.getall("Accept", []))
         if not self._page_html or preferred(accept, [JSON, HTML]) == JSON:
-            return await self.health(request)
+            health = await self.health(request)
+            health.headers["Vary"] = "Accept"
+            return health
         await self._check_reads()
         status = 503 if self._health.reasons else 200
         headers = NO_STORE | {"Vary": "Accept", "X-Frame-Options": "DENY"}
@@ -2142,7 +2144,7 @@ class Api:
         health = {"service": NAME, "status": "running", "version": VERSION}
         if reason:
             health |= {"status": "failing", "reason": reason}
-        headers = NO_STORE | {"Vary": "Accept"}
+        headers = dict(NO_STORE)
         if request.method == "OPTIONS":
             headers["Allow"] = "GET, HEAD, OPTIONS"
         return web.json_response(health, status=503 if reason else 200, headers=headers)
@@ -2300,7 +2302,7 @@ def is_local_name(host: str) -> bool:
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
-        return name.lower() in ("localhost", "")
+        return name.lower().removesuffix(".") in ("localhost", "")
     return True
 
 
