@@ -36,6 +36,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import urllib.parse
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -2101,6 +2102,419 @@ async def test_histograms_are_cumulative_and_end_in_infinity(service: InProcess)
         assert bounds == sorted(bounds) and bounds[-1] == math.inf
         assert list(buckets.values()) == sorted(buckets.values())
         assert buckets[math.inf] == found[f"{name}_count"] == 5
+
+
+# --- The contract as OpenAPI -------------------------------------------------------------------
+# openapi.json is what tools read in place of the README. It is written by hand and held true in
+# both directions: what it says is asked of a service, and what a service answers in any test of
+# this file has to be in it.
+
+CONTRACT = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
+METHODS = ("get", "head", "options", "post")
+OPERATIONS = [
+    (method, path)
+    for path, item in CONTRACT["paths"].items()
+    for method in item
+    if method in METHODS
+]
+READERS = ("/events", "/topics", "/stats")  # where no parameter is ignored
+ANNOTATIONS = {"description", "default", "examples"}
+KEYWORDS = {
+    *("type", "const", "enum", "oneOf", "anyOf", "not", "minimum", "pattern"),
+    *("minLength", "maxLength", "minItems", "maxItems", "items"),
+    *("required", "properties", "additionalProperties"),
+}
+JSON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "null": type(None),
+}
+# Of the transport. The document is silent about them.
+USUAL_HEADERS = {
+    *("content-type", "content-length", "transfer-encoding", "date", "server", "connection"),
+    "vary",  # where nothing varies it is only of no use; where it is promised, it is looked for
+}
+
+
+def resolved(node: dict[str, Any]) -> dict[str, Any]:
+    """The part of the document that is meant, where this one only refers to it."""
+    if "$ref" not in node:
+        return node
+    assert set(node) <= {"$ref", "description"}
+    found: dict[str, Any] = CONTRACT
+    for name in node["$ref"].removeprefix("#/").split("/"):
+        found = found[name]
+    return found
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """A schema of the document."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def misfits(value: Any, schema: Any, place: str = "$") -> list[str]:
+    """What in a value does not fit a JSON Schema; knows the document's keywords and no others."""
+    if isinstance(schema, bool):
+        return [] if schema else [f"{place} must not be there"]
+    schema = resolved(schema)
+    assert set(schema) <= KEYWORDS | ANNOTATIONS, schema
+    if "type" in schema and not is_of_type(value, schema["type"]):
+        return [f"{place} is no {schema['type']}"]
+
+    found: list[str] = []
+    if "const" in schema and not same_json(value, schema["const"]):
+        found.append(f"{place} is not {schema['const']}")
+    if "enum" in schema and value not in schema["enum"]:
+        found.append(f"{place} is none of {schema['enum']}")
+    if "minimum" in schema and value < schema["minimum"]:
+        found.append(f"{place} is less than {schema['minimum']}")
+    if isinstance(value, str):
+        if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
+            found.append(f"{place} has {len(value)} characters")
+        # In JSON Schema `$` is the end of the text; in Python it is also before a last newline.
+        if not re.search(re.sub(r"\$$", r"\\Z", schema.get("pattern", "")), value):
+            found.append(f"{place} does not match {schema['pattern']}")
+    if isinstance(value, list):
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            found.append(f"{place} has {len(value)} items")
+        for index, item in enumerate(value):
+            found += misfits(item, schema.get("items", True), f"{place}[{index}]")
+    if isinstance(value, dict):
+        found += [f"{place} lacks {key}" for key in schema.get("required", []) if key not in value]
+        others = schema.get("additionalProperties", True)
+        for key, member in value.items():
+            rule = schema.get("properties", {}).get(key, others)
+            found += misfits(member, rule, f"{place}.{key}")
+
+    def fitting(schemas: list[Any]) -> int:
+        return sum(not misfits(value, each, place) for each in schemas)
+
+    if "oneOf" in schema and fitting(schema["oneOf"]) != 1:
+        found.append(f"{place} fits {fitting(schema['oneOf'])} of oneOf")
+    if "anyOf" in schema and not fitting(schema["anyOf"]):
+        found.append(f"{place} fits none of anyOf")
+    if "not" in schema and fitting([schema["not"]]):
+        found.append(f"{place} is what it must not be")
+    return found
+
+
+def is_of_type(value: Any, kinds: str | list[str]) -> bool:
+    """Whether a value has one of these JSON types; for Python alone, True is an integer."""
+    if isinstance(value, bool):
+        return False
+    names = [kinds] if isinstance(kinds, str) else kinds
+    return any(isinstance(value, JSON_TYPES[name]) for name in names)
+
+
+def as_json(text: str) -> Any:
+    """What a schema says of a header or a query parameter is of the number that its digits are."""
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+
+
+def responses_of(method: str, path: str) -> dict[str, Any]:
+    """The document's responses by status; also where there is no such path or method."""
+    item = CONTRACT["paths"].get(path, {})
+    if method.lower() in item:
+        return dict(item[method.lower()]["responses"])
+    shared = CONTRACT["components"]["responses"]
+    refusal = {"405": shared["MethodNotAllowed"]} if item else {"404": shared["NotFound"]}
+    return refusal | {"401": shared["Unauthorized"], "421": shared["Misdirected"]}
+
+
+def assert_documented(method: str, path: str, answer: Answer) -> None:
+    """The document has this answer: its status, its headers, its media type and its shape."""
+    responses = responses_of(method, path)
+    assert str(answer.status) in responses, f"{method} {path}: {answer.status} is not documented"
+    response = resolved(responses[str(answer.status)])
+    headers = {name.lower(): resolved(rule) for name, rule in response.get("headers", {}).items()}
+    for name in set(answer.headers) - USUAL_HEADERS:
+        assert name in headers, f"{method} {path} {answer.status}: {name} is not documented"
+    for name, rule in headers.items():
+        if name in answer.headers:
+            value = answer.headers[name]
+            value = as_json(value) if rule["schema"]["type"] == "integer" else value
+            assert misfits(value, rule["schema"], name) == []
+        else:
+            assert not rule.get("required"), f"{method} {path} {answer.status}: no {name}"
+    if method == "HEAD" or "content" not in response:
+        assert answer.body == b""
+        return
+    media_type = answer.headers["content-type"].partition(";")[0]
+    assert media_type in response["content"]
+    schema = response["content"][media_type]["schema"]
+    if media_type != "application/json":
+        assert misfits(answer.body.decode(), schema) == []
+    elif len(answer.body) < 100_000:  # this checker is not made for more
+        assert misfits(answer.document, schema) == []
+
+
+@pytest.fixture(autouse=True)
+def every_answer_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a service answers in any test, the document says so."""
+    really_ask = Service.ask
+
+    async def ask(self: Service, method: str, path: str, *more: Any, **query: Any) -> Answer:
+        answer = await really_ask(self, method, path, *more, **query)
+        assert_documented(method, path.partition("?")[0], answer)
+        return answer
+
+    monkeypatch.setattr(Service, "ask", ask)
+
+
+async def test_it_is_served_as_it_stands_and_has_the_version_of_the_service(
+    service: InProcess,
+) -> None:
+    answer = await service.ask("GET", "/openapi.json")
+    assert answer.headers["content-type"].startswith("application/json")
+    assert answer.document == CONTRACT
+    assert CONTRACT["info"]["version"] == aggregator.VERSION
+
+
+async def test_its_paths_and_methods_are_those_of_the_router(service: InProcess) -> None:
+    routes = {
+        (route.method.lower(), route.resource.canonical)
+        for route in service._runner.app.router.routes()
+        if route.resource is not None
+    }
+    assert routes == set(OPERATIONS)
+
+
+def test_whatever_it_refers_to_is_there_and_whatever_is_there_is_referred_to() -> None:
+    referred = set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(CONTRACT)))
+    by_name = {("responses", "NotFound"), ("responses", "MethodNotAllowed")}
+    there = {
+        (kind, name)
+        for kind, parts in CONTRACT["components"].items()
+        for name in parts
+        if kind != "securitySchemes"
+    }
+    assert referred | by_name == there
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+async def test_each_status_in_it_is_one_that_the_service_gives(
+    method: str,
+    path: str,
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(aggregator, "BODY_SECONDS", 0.1)
+    method = method.upper()
+    body = json_of(event())
+    plain = await serve(tmp_path / "plain.db", max_body_bytes=1000)
+    guarded = await serve(tmp_path / "guarded.db", api_token="secret")
+    answers = [
+        await plain.ask(method, path, body),
+        await plain.ask(method, path, body, {"Host": "elsewhere.example"}),
+        await plain.ask(method, path, body, unknown="1"),
+        await guarded.ask(method, path, body),
+    ]
+    if method == "POST":
+        answers += [
+            await plain.publish(b"no compression", Content_Encoding="gzip"),
+            await plain.publish(b"no JSON"),
+            await plain.publish(body, Content_Type="text/plain"),
+            await plain.publish(body.ljust(1001)),
+        ]
+        async with plain.connection(request(body[:9], length=len(body))) as client:
+            answers.append(await client.answer())
+            assert_documented(method, path, answers[-1])
+
+    def fails(*_: Any) -> None:
+        raise aggregator.Unavailable("disk I/O error")
+
+    for name in "commit", "last_seq", "topics", "totals":
+        monkeypatch.setattr(aggregator.SqliteStore, name, fails)
+    assert (await plain.ask("GET", "/stats")).status == 503
+    answers.append(await plain.ask(method, path, body))
+    assert await plain.health() == 503
+    caplog.clear()  # of what the log says about it
+    assert {str(answer.status) for answer in answers} == set(responses_of(method, path))
+
+
+async def test_each_media_type_in_it_can_be_asked_for(service: InProcess) -> None:
+    await service.publish(numbered(range(3)))
+    for method, path in OPERATIONS:
+        if method == "get":
+            for media_type in CONTRACT["paths"][path]["get"]["responses"]["200"]["content"]:
+                url, accept = service.url + path, {"Accept": media_type}
+                async with service.session.get(url, headers=accept) as response:
+                    assert response.content_type == media_type
+
+
+async def test_each_event_in_each_form_has_the_shape_in_it(service: InProcess) -> None:
+    sent = numbered(range(3), payload={"a": [None, True, {"b": "é🎉\u2028"}]})
+    await service.publish(sent)
+    answer = await service.ask("GET", "/events", headers={"Accept": "application/x-ndjson"})
+    lines = [json.loads(line) for line in answer.body.splitlines()]
+    async with service.feed() as feed:
+        fed = [each for _, each in await feed.take(3)]
+    assert lines == fed == sent
+    for each in lines + fed:
+        assert misfits(each, schema_of("StoredEvent")) == []
+
+
+def query_parameters(path: str) -> dict[str, Any]:
+    """The schemas of a path's query parameters in the document, by name."""
+    parameters = CONTRACT["paths"][path].get("parameters", [])
+    return {each["name"]: each["schema"] for each in parameters if each["in"] == "query"}
+
+
+@pytest.mark.parametrize("path", READERS)
+async def test_a_query_parameter_that_is_not_in_it_is_refused(
+    path: str, service: InProcess
+) -> None:
+    # Whatever name the service could know stands in its source.
+    source = (HERE / "aggregator.py").read_text(encoding="utf-8")
+    names = {*re.findall(r"\w+", source), "offset", "page", "Limit", "limit[]", "$limit", "", "é"}
+    others = sorted(names - set(query_parameters(path)))
+    for start in range(0, len(others), 90):
+        asked = others[start : start + 90]
+        query = urllib.parse.urlencode(dict.fromkeys(asked, "1"))
+        detail = (await service.ask("GET", f"{path}?{query}")).detail(422)
+        found = {fault["loc"][1] for fault in detail if fault["type"] == "extra_forbidden"}
+        assert found == set(asked)
+
+
+@pytest.mark.parametrize("path", READERS)
+async def test_a_query_parameter_that_is_given_twice_is_refused(
+    path: str, service: InProcess
+) -> None:
+    for name in query_parameters(path):
+        for value in "", "1":
+            detail = (await service.ask("GET", f"{path}?{name}={value}&{name}={value}")).detail(422)
+            assert ("extra_forbidden", ["query", name]) in [
+                (fault["type"], fault["loc"]) for fault in detail
+            ]
+
+
+NUMBERS_AND_OTHERS = [
+    *("0", "1", "2", "01", "-1", "1.5", "1_0", "0x1", "1 2", "１", "", "x", "é", "latest"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path in READERS for name in query_parameters(path)]
+)
+async def test_a_query_parameter_is_taken_with_the_values_in_it_and_no_others(
+    path: str, name: str, service: InProcess
+) -> None:
+    await service.publish(numbered(range(3)))
+    schema = query_parameters(path)[name]
+    with_it = {"topic": "order.created"} if name == "event_id" else {}
+    headers = {"Accept": "text/event-stream"} if name == "lastEventId" else {}
+    for value in NUMBERS_AND_OTHERS:
+        is_in_it = not misfits(value, schema) or not misfits(as_json(value), schema)
+        query = {name: value} | with_it
+        async with service.session.get(
+            service.url + path, params=query, headers=headers
+        ) as response:
+            assert (response.status == 200) == is_in_it, value
+
+
+BODY = CONTRACT["paths"]["/publish"]["post"]["requestBody"]["content"]["application/json"]
+NAMES_AT_THE_EDGE = [
+    *("x" * 512, "x" * 513, " \t\r\n" + "x" * 512 + "\u3000", "\u00a0" + "x" * 513, "🎉" * 512),
+    *("\ufeff", "\u200b", "a\ufffeb", "\x1fa\x1c", "\x85a\u2028", "a\u2029b", "a\x9fb", "a b", "é"),
+]
+TIMESTAMPS_AT_THE_EDGE = [
+    *("2025-10-24t10:30:00z", "2025-10-24 10:30", "2025-10-24T10:30Z", "2025-10-24T10:30:00,5Z"),
+    *("2025-10-24T10:30:00+0700", "2025-10-24T10:30:00-05", "2025-10-24T10:30:00+7:00"),
+    *("2025-10-24T10:30:00.1234567890Z", "2025-10-24T10:30:00.", "2025-10-24T24:00:00Z"),
+    *("2024-02-29T00:00:00Z", "2000-02-29T00:00:00Z", "1900-02-29T00:00:00Z", "0000-01-01T00:00Z"),
+    *("2023-02-29T00:00:00Z", "2024-02-30T00:00:00Z", "2025-09-31T00:00Z", "2025-1-01T00:00Z"),
+    *("2016-12-31T23:59:60Z", "2015-06-30 23:59:60.5", "2016-12-30T23:59:60Z"),
+    *("2016-12-31T22:59:60Z", "2016-12-31T23:58:60Z", "2016-12-31T23:59:61Z"),
+    *("9999-12-31T23:59:60Z", " 2025-10-24T10:30:00Z", "2025-10-24T10:30:00 Z"),
+]
+AT_THE_EDGE: list[Any] = [
+    *(
+        event(**{field: value})
+        for field in ("topic", "event_id", "source")
+        for value in NAMES_AT_THE_EDGE
+    ),
+    *(event(timestamp=text) for text in TIMESTAMPS_AT_THE_EDGE + TIMESTAMPS + NO_TIMESTAMPS),
+    *(event(**{field: value}) for field, value, _ in BAD_FIELDS),
+    *(event(), event(other=1), event(events=[]), {}, [], None, 1, "event"),
+]
+
+
+def is_plain_json(value: Any) -> bool:
+    """Whether a schema can look at it: JSON Schema knows no lone surrogates and no infinity."""
+    return not re.search("[\ud800-\udfff]|Infinity", json.dumps(value, ensure_ascii=False))
+
+
+async def test_a_body_is_taken_just_if_it_fits_the_schema(service: InProcess) -> None:
+    bodies: list[Any] = [[], {"events": []}, {"events": 1}, {"events": [event()], "a": 1}, [[{}]]]
+    for candidate in filter(is_plain_json, AT_THE_EDGE):
+        bodies += [candidate, [candidate], {"events": [event(), candidate]}]
+    answers = await asyncio.gather(*map(service.publish, bodies))
+    for body, answer in zip(bodies, answers):
+        assert (answer.status == 202) == (misfits(body, BODY["schema"]) == []), body
+    assert {answer.status for answer in answers} == {202, 422}
+
+
+def test_the_schema_and_the_service_agree_on_thousands_of_damaged_events() -> None:
+    chance = random.Random(14)
+    taken = 0
+    for _ in range(3000):
+        candidate = damaged(chance)
+        if is_plain_json(candidate):
+            fits = misfits(candidate, BODY["schema"]) == []
+            assert (faults_of(json_of(candidate)) == []) == fits, candidate
+            taken += fits
+    assert 500 < taken < 2500
+
+
+def test_a_leap_second_elsewhere_is_the_one_event_that_the_schema_cannot_describe() -> None:
+    for text in "2016-12-31T18:59:60-05:00", "2017-01-01T05:29:60+05:30", "2016-03-31T23:59:60Z":
+        assert faults_of(json_of(event(timestamp=text))) == []
+        assert misfits(event(timestamp=text), BODY["schema"]) != []
+
+
+def kinds_of(name: str) -> set[str]:
+    """The kinds of fault that a schema of faults knows."""
+    rows = CONTRACT["components"]["schemas"][name]["oneOf"]
+    return {row["properties"]["type"]["const"] for row in rows}
+
+
+def test_its_faults_of_a_body_are_those_that_the_service_finds() -> None:
+    bodies = [body for body, _ in BAD_BODIES]
+    bodies += [json_of(event(**{field: value})) for field, value, _ in BAD_FIELDS]
+    found = []
+    for body in bodies:
+        found.append(faults_of(body))
+        assert misfits({"detail": found[-1]}, schema_of("BodyFaults")) == [], body
+    assert {fault["type"] for detail in found for fault in detail} == kinds_of("BodyFault")
+
+
+async def test_its_faults_of_a_query_are_those_that_the_service_finds(service: InProcess) -> None:
+    queries: list[dict[str, Any]] = [
+        *({"after": "x"}, {"tail": "-1"}, {"limit": "0"}, {"after": "1"}, {"offset": "1"}),
+        *({"event_id": "1"}, {"tail": "1", "after": "0"}, {"lastEventId": "0"}),
+    ]
+    found = set()
+    for query in queries:
+        detail = (await service.ask("GET", "/events", **query)).detail(422)
+        found |= {fault["type"] for fault in detail}
+    assert found == kinds_of("QueryFault")
+
+
+async def test_its_examples_are_true(service: InProcess) -> None:
+    for example in BODY["examples"].values():
+        assert (await service.publish(example["value"])).status == 202
+    for name, schema in CONTRACT["components"]["schemas"].items():
+        for example in schema.get("examples", []):
+            assert misfits(example, schema_of(name)) == []
+    for item in CONTRACT["paths"].values():
+        for parameter in item.get("parameters", []):
+            for example in parameter["examples"].values():
+                assert misfits(example["value"], parameter["schema"]) == []
 
 
 # --- The log -----------------------------------------------------------------------------------
