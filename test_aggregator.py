@@ -2479,8 +2479,8 @@ def test_a_leap_second_elsewhere_is_the_one_event_that_the_schema_cannot_describ
 
 def kinds_of(name: str) -> set[str]:
     """The kinds of fault that a schema of faults knows."""
-    rows = CONTRACT["components"]["schemas"][name]["oneOf"]
-    return {row["properties"]["type"]["const"] for row in rows}
+    kinds = [resolved(each) for each in resolved(schema_of(name))["oneOf"]]
+    return {kind["properties"]["type"]["const"] for kind in kinds}
 
 
 def test_its_faults_of_a_body_are_those_that_the_service_finds() -> None:
