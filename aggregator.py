@@ -5,20 +5,33 @@ is called at-least-once delivery. So the same event comes many times: at the sam
 connections, or again after a crash. A consumer has to make this harmless: it must be idempotent.
 This module is such a consumer. It is laid out in the order in which an event travels:
 
-    POST /publish ─ room? ─ validate ─ asyncio.Queue ─ consumer ─ all that is ready: a group ─┐
-         202 ◄─ counts of this request ◄─ future ◄─ COMMIT, fsync ◄─ one transaction ◄────────┘
-                                                                        writer's thread
+    POST /publish ─ memory left? ─ validate ─ asyncio.Queue ─ consumer ─ queue of the writer ─┐
+         202 ◄─ counts of this request ◄─ future ◄─ COMMIT, fsync ◄─ a group: one transaction ◄┘
     GET /events, /topics, /stats ─ reader's thread, its own read-only connection ─ pages, streamed
+
+What is "the same event"? One with the same topic and event_id, white space around them aside. The
+first one is kept. Each later one is a duplicate and is dropped, whatever the rest of it says.
 
 Four rules hold everywhere, and the rest follows from them:
 
     1. 202 means on disk. The future of a request is resolved after COMMIT with synchronous=FULL.
-    2. One writer. Only the writer's thread changes the database, and what belongs together
-       (events and counters) changes in one transaction.
+    2. One writer. In this process only the writer's thread stores events, and what belongs
+       together (events and counters) changes in one transaction.
     3. The database decides what is a duplicate: a UNIQUE constraint and ON CONFLICT DO NOTHING.
-       There is no SELECT before the INSERT, and no cache in front of the database.
+       With a SELECT before the INSERT, two writers could both see nothing, and both insert.
     4. A request stands or falls alone: all of it is stored or nothing, and no other request in
        the same group suffers for it.
+
+What a crash leaves, and what the publisher does then:
+
+    before COMMIT           nothing is stored  ─ it got no 202, so it sends again: new events
+    after COMMIT, no 202    all is stored      ─ it got no 202, so it sends again: duplicates
+    after the 202           all is stored      ─ it has nothing left to do
+
+The publisher cannot tell the first two apart, and need not. That is the whole idea.
+
+To learn that idea, read Validation, the first half of Store (to SqliteStore.commit), and Group
+commit. The rest keeps the service well: limits, checkpoints, feeds, the command line.
 
 `python aggregator.py` runs it, and `python aggregator.py --help` lists the settings.
 """
@@ -28,8 +41,10 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":  # before the other imports, which take 0.2 s: as process 1 of a
-    for early in (signal.SIGTERM, signal.SIGINT):  # container, it must not miss these signals
+# Process 1 of a container ignores a signal that it has no handler for. The other imports take
+# 0.2 s, so there is a handler before them.
+if __name__ == "__main__":
+    for early in (signal.SIGTERM, signal.SIGINT):
         signal.signal(early, lambda number, frame: os._exit(0))
 
 import argparse
@@ -103,23 +118,22 @@ class Settings:
     db: str = setting(
         "data/dedup.db",
         "DB_PATH",
-        "SQLite file, made if it is not there; or postgresql://HOST/NAME",
+        "SQLite file, made if it is not there; or postgresql://HOST/SERVICE_NAME",
     )
     log_level: str = setting("INFO", "LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR")
     max_body_bytes: int = setting(
         4 * MIB, "MAX_BODY_BYTES", "largest request body, after decompression"
     )
-    max_in_flight_bytes: int = (
-        setting(  # an event in memory takes several times the room of its text
-            6 * MIB, "MAX_IN_FLIGHT_BYTES", "request bodies held at once; beyond it, 503"
-        )
+    # An event in memory takes several times the room of its text.
+    max_in_flight_bytes: int = setting(
+        6 * MIB, "MAX_IN_FLIGHT_BYTES", "request bodies held at once; beyond it, 503"
     )
     api_token: str = setting(
         "", "API_TOKEN", "if set, requests need the header Authorization: Bearer TOKEN"
     )
 
 
-NAME = "Event Aggregator"
+SERVICE_NAME = "Event Aggregator"
 VERSION = "1.0.0"
 
 MAX_NAME_CHARACTERS = 512  # of a topic, an event_id, a source: they are keys, and keys are short
@@ -133,16 +147,21 @@ OPEN_SECONDS = 10.0  # the same at the start, when several processes may be maki
 WATCH_SECONDS = 1.0  # between two looks for commits of other processes, and between two probes
 CHECKPOINT_PAGES = 32_000  # 128 MB of log: a page that many groups changed is moved only once
 CHECKPOINT_REST_PAGES = 1_000  # left for the writer to move, between two commits: some 5 ms
+CHECKPOINT_RETRY_PAGES = CHECKPOINT_PAGES // 4  # the log may grow by so many until the next try
 CHECKPOINT_ROUNDS = 5  # while the writer goes on writing, each round leaves less than the last
-WARN_LOG_BYTES = 1_000_000_000  # so long a log means that something keeps it from being reused
+WARN_WAL_BYTES = (
+    1_000_000_000  # so long a write-ahead log means that something keeps it from being reused
+)
 
 PAGE_EVENTS = 500  # read at a time: some 2 ms of work
 PAGE_BYTES = 64 * 1024  # of whole events read at a time, or one event if it is larger
 TOPIC_BYTES = 2_200  # a topic with its counters, at most
 READERS_BYTES = 32 * MIB  # pages in memory for all readers together
-READERS_SHARES = 64  # of what is left of that, a page may have one
+READERS_SHARES = 64  # a page may take 1/64 of the room that is left
 READER_SECONDS = 60.0  # for a reader to take a piece of its answer: after it, it is let go
 STUCK_SECONDS = 5.0  # the same, while others wait for the room that it takes
+ROOM_SECONDS = 1.0  # between two looks whether there is room again
+WRITE_BYTES = 64 * 1024  # of an answer that are handed to the connection at a time
 FEED_PAGE_SECONDS = 0.002  # for each page of all live feeds together: publishing comes first
 HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 or 60
 RETRY_MS = 1_000  # a subscriber that lost its feed waits so long before it comes back
@@ -167,7 +186,7 @@ GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's d
 #
 # There is one judge: `row` looks at the fields of an event, and the store's `encode` at what is
 # inside of its payload. Good events pass once through both. When one of them refuses, `explain`
-# asks the same judge again, field by field, so the two can never disagree.
+# asks the same judge again, field by field: so the two cannot disagree on which field is bad.
 #
 # What is stored is not the client's text but what Python understood of it, encoded anew. Parsers
 # differ: SQLite reads duplicated keys and NUL characters in another way than Python does.
@@ -212,7 +231,7 @@ class Batch(NamedTuple):
 
 
 def refuse_constant(name: str) -> NoReturn:
-    """What json calls for three words that it knows and JSON does not."""
+    """The json module calls this for NaN, Infinity and -Infinity, which are not valid JSON."""
     raise ValueError("NaN and Infinity are not JSON")
 
 
@@ -271,9 +290,10 @@ def parse(body: bytes) -> Parsed:
         raise not_json(error.reason, error.start) from None
     except json.JSONDecodeError as error:
         raise not_json(error.msg, error.pos) from None
-    except ValueError as error:  # NaN, or an integer of more than 4300 digits
+    except ValueError as error:  # NaN, or an integer of over 4300 digits: "why: what to do"
         raise not_json(str(error).partition(":")[0]) from None
 
+    # With an event_id, it is an event that happens to have a field `events`.
     if type(document) is dict and "events" in document and "event_id" not in document:
         return parsed_list(document["events"], ["body", "events"])
     if type(document) is list:
@@ -292,26 +312,27 @@ def parsed_list(events: Any, loc: Loc) -> Parsed:
     return Parsed(events, loc, is_list=True)
 
 
+BRACKETS = bytes.maketrans(b"{}", b"[]")
+NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
+MIDDLE = (ord("[") + ord("]")) // 2  # 92: less 91 it is 1, less 93 it is -1
+
+
 def is_nested_deeper(body: bytes, levels: int) -> bool:
     """Whether arrays and objects are nested deeper than that, and a parser's stack in danger.
 
-    Python's parser calls itself at each level, and not every version of it stops in time. So this
-    is looked at before, without a stack: what is no bracket outside of a string is cut away, and
-    then each "[" is a step down and each "]" a step up.
+    Python's parser calls itself at each level, and not every version of it stops in time. So the
+    depth is counted before, without a stack: everything but the brackets outside of strings is
+    cut away, and then each "[" counts 1 and each "]" counts -1.
     """
     if body.count(b"[") + body.count(b"{") <= levels:
         return False  # almost every body
-    body = body.replace(b"\\\\", b"").replace(
-        b'\\"', b""
-    )  # each quote left begins or ends a string
+    # Without backslashes before quotes, each quote left begins or ends a string.
+    body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    # Quotes are removed in pairs, so what is inside of a string stays inside.
     marks = body.translate(BRACKETS, NO_MARKS).replace(b'""', b"")
     brackets = b"".join(marks.split(b'"')[::2])  # every other piece is inside of a string
-    steps = map((92).__sub__, brackets)  # "[" is 91, "]" is 93: so they become 1 and -1
+    steps = map(MIDDLE.__sub__, brackets)
     return max(itertools.accumulate(steps), default=0) > levels
-
-
-BRACKETS = bytes.maketrans(b"{}", b"[]")
-NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 
 
 def row(event: Any) -> Row:
@@ -333,7 +354,7 @@ def row(event: Any) -> Row:
 
 
 def check_timestamp(text: str) -> None:
-    """Raises ValueError, which says why, if it is no ISO 8601 date and time."""
+    """Raises ValueError, which says why, if it is not a date and time as TIMESTAMP has it."""
     match = TIMESTAMP.fullmatch(text)
     if match is None:
         raise ValueError("expected YYYY-MM-DDTHH:MM:SS[.fraction][Z or +HH:MM]")
@@ -349,22 +370,23 @@ def is_leap_minute(day: date, match: re.Match[str]) -> bool:
     """Whether a leap second can follow this minute: RFC 3339, section 5.7."""
     moment = datetime(day.year, day.month, day.day, int(match["hour"]), int(match["minute"]))
     offset = timedelta(hours=int(match["hours"] or 0), minutes=int(match["minutes"] or 0))
-    with contextlib.suppress(OverflowError):  # in the years 1 and 9999
+    try:
         utc = moment + offset if match["sign"] == "-" else moment - offset
         following = utc + timedelta(minutes=1)
-        return (following.day, following.hour, following.minute) == (1, 0, 0)
-    return False
+    except OverflowError:  # in the years 1 and 9999
+        return False
+    return (following.day, following.hour, following.minute) == (1, 0, 0)
 
 
 def explain(parsed: Parsed, good: list[Row], encode: Encode) -> list[Entry]:
     """All that is wrong with the events, in their order, at most MAX_ERRORS.
 
-    `good` are the rows before the event at which validation stopped. Looking at them again is
-    only needed if it is one of their payloads that cannot be encoded.
+    `good` are the rows before the event at which validation stopped. If there is no such event,
+    or one of them cannot be encoded, then the first error may be in any event.
     """
-    is_encodable = len(good) < len(parsed.events) and can_encode(good, encode)
+    is_known = len(good) < len(parsed.events) and can_encode(good, encode)
     errors: list[Entry] = []
-    for index in range(len(good) if is_encodable else 0, len(parsed.events)):
+    for index in range(len(good) if is_known else 0, len(parsed.events)):
         errors += errors_of(parsed.events[index], parsed.loc_of(index), encode)
         if len(errors) >= MAX_ERRORS:
             break
@@ -403,7 +425,7 @@ def errors_of(event: Any, loc: Loc, encode: Encode) -> Iterator[Entry]:
 
 
 def fault(name: str, value: Any, loc: Loc) -> Entry:
-    """What is wrong with a field that the judge refuses."""
+    """What is wrong with a field, as the judge has refused it."""
     if name == "payload":
         return payload_fault(value, loc)
     if name == "timestamp":
@@ -443,7 +465,8 @@ def payload_fault(value: Any, loc: Loc) -> Entry:
         return entry(loc, "dict_type", "Input should be a valid dictionary")
     if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         return not_unicode(loc)
-    return entry(loc, "finite_number", "Input should be a finite number")  # 1e400 is infinite
+    # All that is left is a number such as 1e400, which Python reads as infinity.
+    return entry(loc, "finite_number", "Input should be a finite number")
 
 
 def not_unicode(loc: Loc) -> Entry:
@@ -530,7 +553,7 @@ class Unstorable(Exception):
 
 
 class Store(Protocol):
-    """The door. Each group of methods is called from one thread; the groups run side by side."""
+    """What others know of a store. Each group of methods has a thread; the groups run in parallel."""
 
     location: str  # for the first lines of the log, without secrets
 
@@ -542,8 +565,9 @@ class Store(Protocol):
     def commit(self, batches: Sequence[Batch]) -> Outcome:
         """Stores a group in one transaction; when this returns, it is on disk.
 
-        An empty group is a probe: it fails if a group would fail. Raises Unavailable or
-        Unstorable; then nothing of the group is stored.
+        An empty group is a probe: it fails if a group would fail. Raises Unstorable; then nothing
+        is stored. Or Unavailable; then nothing is stored, or in rare cases all of it, but that
+        cannot be relied on. To send the same again is right in both cases.
         """
 
     # --- in the reader's thread; each raises Unavailable ---
@@ -598,6 +622,7 @@ class Store(Protocol):
 
 APPLICATION_ID = 0x45764167  # "EvAg": the mark of our files
 SCHEMA_VERSION = 2
+VERSION_1 = (0, 1)  # its application_id, which it did not set, and its user_version
 SCHEMA = f"""
     BEGIN IMMEDIATE;
     -- The counters change with the events, in the same transaction: so they always add up. The
@@ -628,8 +653,8 @@ SCHEMA = f"""
     PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
 """
-# What tells one of our files from another program's.
-IDENTITY = """
+# The marks by which one of our files differs from another program's.
+FILE_MARKS = """
     SELECT (SELECT application_id FROM pragma_application_id),
            (SELECT user_version FROM pragma_user_version),
            (SELECT count(*) FROM sqlite_schema),
@@ -637,20 +662,18 @@ IDENTITY = """
            (SELECT group_concat(name) FROM pragma_table_info('events'))
 """
 OUR_COLUMNS = ("id,name,received,duplicates", "seq,topic_id,event_id,timestamp,source,payload")
-# For each connection. Before a statement changes a page, SQLite copies it, to be able to undo half
-# a statement: in a temporary file these copies were half of all writes.
+# For each connection.
 PRAGMAS = f"""
     PRAGMA synchronous = FULL;     -- COMMIT waits until the log is on the disk
     PRAGMA fullfsync = ON;         -- macOS: on the disk, and not only in its cache
-    PRAGMA temp_store = MEMORY;
+    PRAGMA temp_store = MEMORY;    -- for copies of pages, by which half a statement is undone
     PRAGMA cache_size = -16384;    -- KiB: the busy part of the index
     PRAGMA wal_autocheckpoint = 0; -- checkpoints have a thread of their own, below
     PRAGMA journal_size_limit = {CHECKPOINT_PAGES * 4096};  -- a log that starts anew is cut to it
 """
 # One INSERT into a view of the writer's own is one transaction: what its trigger does is done
 # whole or not at all. The write lock is taken first, so `first` stays true whatever other processes
-# do to the file. The conflict target is named: without it, a clash of `seq` would pass for a
-# duplicate, and an event would be lost. The + keeps SQLite from walking along a whole index.
+# do to the file. (Where it says WHERE true, SQLite's grammar needs it before ON CONFLICT.)
 GROUP_TRIGGER = """
     CREATE TEMP TABLE outcome (first INTEGER, positions TEXT);
     INSERT INTO outcome DEFAULT VALUES;
@@ -667,8 +690,10 @@ GROUP_TRIGGER = """
         SELECT first + key, (SELECT id FROM topics WHERE name = value ->> 0),
                value ->> 1, value ->> 2, value ->> 3, value -> 4
         FROM outcome, json_each(NEW.rows) WHERE true
+        -- With no target named, a clash of seq would pass for a duplicate, and lose an event.
         ON CONFLICT (topic_id, event_id) DO NOTHING;
-        -- 3. Those that are there now were new.
+        -- 3. Those that are there now were new. (The + keeps SQLite from using the topic's index,
+        -- which it would walk along from end to end.)
         UPDATE topics SET duplicates = duplicates - stored
         FROM (SELECT topic_id, count(*) AS stored FROM events
               WHERE seq >= (SELECT first FROM outcome) GROUP BY +topic_id)
@@ -680,7 +705,7 @@ GROUP_TRIGGER = """
             (SELECT json_group_array(seq - first) FROM events WHERE seq >= first);
     END;
 """
-COMMIT_GROUP = "INSERT INTO arrivals VALUES (CAST(? AS TEXT), ?)"
+COMMIT_GROUP = "INSERT INTO arrivals VALUES (CAST(? AS TEXT), ?)"  # bytes, to text, in SQLite
 GROUP_OUTCOME = "SELECT first, positions FROM outcome"
 PROBE = f"PRAGMA user_version = {SCHEMA_VERSION}"  # it changes nothing, and is written all the same
 CHECKPOINT = "PRAGMA wal_checkpoint(PASSIVE)"  # moves what it can without holding anybody up
@@ -741,6 +766,7 @@ PAGES = {  # by form, and whether it is of one topic
     for is_of_topic in (False, True)
 }
 FILES = {"": "database", "-wal": "write-ahead log", "-shm": "index of the log"}  # by their endings
+PRIMARY_CODE = 0xFF  # the part of an SQLite error code without its details
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 # Programs that split a text into lines may split it at these characters too, and JSON allows them
 # inside of strings. Their escapes mean the same.
@@ -753,11 +779,13 @@ class SqliteStore:
     def __init__(self, path: str) -> None:
         """Opens the file, or makes it; raises StoreError."""
         self.location = os.path.realpath(path)
-        self._log_path = self.location + "-wal"
+        self._wal_path = self.location + "-wal"
         self._connections: list[sqlite3.Connection] = []
         self._gone = ""  # why the file is not ours any more: then nothing is stored until a restart
-        self._known_seq = 0  # the highest seq that the writer knows of
-        self._others = False  # another process has stored events since `changed` last looked
+        # Two threads, the writer's and the watcher's, change these. The worst that a race between
+        # them can do is to wake the live feeds for nothing.
+        self._known_seq = 0  # the highest seq that this process knows of
+        self._others_stored = False  # another process has, since `changed` last looked
         self._closing = threading.Event()
         try:
             check_sqlite_version()
@@ -770,17 +798,17 @@ class SqliteStore:
             raise StoreError(f"cannot use the database {path}: {reason_of(why)}") from why
 
     def _open(self) -> None:
-        """Opens a connection for the writer, the reader, the watcher, and for the checkpoints."""
+        """Opens the connections, makes the tables, and starts the checkpoints."""
         self._writer = self._connect()
         self._make_tables()
         self._writer.executescript(GROUP_TRIGGER)
-        self._identities = {ending: identity(self.location + ending) for ending in FILES}
+        self._file_ids = {ending: file_id(self.location + ending) for ending in FILES}
         self._reader = self._connect()
         self._reader.execute("PRAGMA query_only = ON")
         self._watcher = self._connect()
         self._watcher.execute("PRAGMA query_only = ON")
         (self._known_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
-        self._checkpoints = Checkpoints(self._connect(), self._log_path)
+        self._checkpoints = Checkpoints(self._connect(), self._wal_path)
 
     def _make_tables(self) -> None:
         """Makes the tables where they are missing; waits for others who are at it just now."""
@@ -793,7 +821,7 @@ class SqliteStore:
                 self._writer.executescript(SCHEMA)  # always: it proves that the file can be written
                 return
             except sqlite3.OperationalError as why:
-                if why.sqlite_errorcode & 0xFF not in BUSY or time.monotonic() > deadline:
+                if why.sqlite_errorcode & PRIMARY_CODE not in BUSY or time.monotonic() > deadline:
                     raise
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
@@ -817,13 +845,13 @@ class SqliteStore:
         return text.encode()
 
     def commit(self, batches: Sequence[Batch]) -> Outcome:
-        """Stores a group in one transaction."""
+        """Stores a group in one transaction, and lets the checkpoints do their part around it."""
         started = time.perf_counter()
         topics = list(itertools.chain.from_iterable(batch.topics for batch in batches))
         is_new = bytearray(len(topics))
         if self._gone:
             raise Unavailable(self._gone)
-        self._checkpoints.finish(self._writer)
+        self._checkpoints.take_last_step(self._writer)
         try:
             if topics:
                 rows = b"[%b]" % b",".join(batch.text for batch in batches)
@@ -845,13 +873,13 @@ class SqliteStore:
     def _notice(self, first: int, is_new: bytearray) -> None:
         """Remembers where the events end, and whether others have stored some in between."""
         if first > self._known_seq + 1:
-            self._others = True
-        self._known_seq = first + is_new.rfind(1) if 1 in is_new else first - 1
+            self._others_stored = True
+        self._known_seq = first + is_new.rfind(1)  # rfind: the last new one, -1 if there is none
 
     def _check_file(self) -> None:
         """Raises Unavailable if the database or what belongs to it is not at its place any more."""
-        for ending, known in self._identities.items():
-            if not self._gone and identity(self.location + ending) != known:
+        for ending, known in self._file_ids.items():
+            if not self._gone and file_id(self.location + ending) != known:
                 what = FILES[ending]
                 self._gone = f"the {what} was removed, moved or replaced; start the service again"
         if self._gone:
@@ -897,7 +925,7 @@ class SqliteStore:
 
     def size(self) -> Size:
         """What the file and its log take."""
-        log_bytes = size_of(self._log_path)
+        log_bytes = size_of(self._wal_path)
         database_bytes = size_of(self.location) + log_bytes
         return Size(database_bytes, log_bytes, self._checkpoints.failed)
 
@@ -916,9 +944,9 @@ class SqliteStore:
             (last_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
         except sqlite3.Error as why:
             raise Unavailable(str(why)) from why
-        if last_seq <= self._known_seq and not self._others:
+        if last_seq <= self._known_seq and not self._others_stored:
             return ()
-        self._others = False
+        self._others_stored = False
         self._known_seq = max(self._known_seq, last_seq)
         return None
 
@@ -937,28 +965,36 @@ class SqliteStore:
             connection.close()
 
 
+# Where things are in a write-ahead log: https://www.sqlite.org/fileformat2.html, section 4.1.
+WAL_HEADER_BYTES = 32
+FRAME_HEADER_BYTES = 24
+SALT_BYTES = 8
+SALT_IN_WAL_HEADER = 16
+SALT_IN_FRAME = 8
+
+
 class Checkpoints:
     """Moves the log into the database while the writer goes on, in a thread of its own.
 
     SQLite would do it in the commit that happens to pass a mark, and everybody would wait for 0.1
     to 0.2 s. Here a connection of its own moves what it can, again and again, until little is
-    left. The writer does the last step between two commits, because only when everything is moved
-    does the log start anew from its beginning.
+    left. The writer moves the rest between two commits: only when everything is moved does the
+    log start anew from its beginning.
 
     Nothing here can lose an event. If a checkpoint fails, or another program's open transaction
     holds it up, then the log grows, and that is all.
     """
 
-    def __init__(self, connection: sqlite3.Connection, log_path: str) -> None:
+    def __init__(self, connection: sqlite3.Connection, wal_path: str) -> None:
         self.failed = 0
         self._connection = connection
-        self._log = io.FileIO(log_path)
+        self._wal = io.FileIO(wal_path)
         (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-        self._frame_bytes = 24 + page_bytes  # a frame of the log: its header and a page
+        self._frame_bytes = FRAME_HEADER_BYTES + page_bytes
         self._salt = b""  # of the log as it is now: each time that it starts anew, it changes
         self._due_pages = CHECKPOINT_PAGES  # the length at which the next one is due
         self._is_due = threading.Event()
-        self._is_last_step = False  # the writer's turn
+        self._is_last_step = False  # it is the writer's turn to move the rest
         self._is_closing = False
         self._is_failing = False
         self._is_warned = False
@@ -968,30 +1004,31 @@ class Checkpoints:
     def begin_if_due(self) -> None:
         """Wakes the thread if the log is long; by the writer, after each commit.
 
-        The file does not get shorter when the log starts anew: it is overwritten. So its length
-        tells nothing. But each frame carries the salt of its log, and two short reads tell whether
-        the frame at the mark belongs to the log of today.
-        https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+        The file does not get shorter when the log starts anew: it is overwritten. So its size says
+        nothing. But the header of the log has a salt, a new one each time, and each frame (a page
+        with its header) has a copy. Two short reads show whether the frame at the mark belongs to
+        the log as it is now.
         """
         if self._is_due.is_set() or self._is_last_step:
             return
-        self._log.seek(16)
-        salt = self._log.read(8)
+        self._wal.seek(SALT_IN_WAL_HEADER)
+        salt = self._wal.read(SALT_BYTES)
         if salt != self._salt:
             self._salt = salt
             self._due_pages = CHECKPOINT_PAGES
-        self._log.seek(32 + (self._due_pages - 1) * self._frame_bytes + 8)
-        if self._log.read(8) == salt:
+        frame = WAL_HEADER_BYTES + (self._due_pages - 1) * self._frame_bytes
+        self._wal.seek(frame + SALT_IN_FRAME)
+        if self._wal.read(SALT_BYTES) == salt:
             self._is_due.set()
 
-    def finish(self, writer: sqlite3.Connection) -> None:
-        """The last step, by the writer between two commits, when little is left."""
+    def take_last_step(self, writer: sqlite3.Connection) -> None:
+        """Moves the rest, if it is the writer's turn; by the writer, between two commits."""
         if self._is_last_step:
             self._is_last_step = False
             self._move(writer)
 
     def _keep_moving(self) -> None:
-        """The thread."""
+        """Runs in the thread: waits until a checkpoint is due, and makes it."""
         while True:
             self._is_due.wait()
             if self._is_closing:
@@ -1002,11 +1039,11 @@ class Checkpoints:
                     break
             self._is_last_step = not self._is_failing
             self._is_due.clear()
-            if self._is_closing:  # `close` may have set it meanwhile
+            if self._is_closing:  # `close` may have set the event just before it was cleared
                 return
 
     def _move(self, connection: sqlite3.Connection) -> int:
-        """Moves what nobody needs in the log; returns how many pages are left.
+        """Moves what nobody needs in the log; returns how many pages are left, 0 if it could not.
 
         It sets the next mark, so that a checkpoint that is held up is not tried at each commit.
         """
@@ -1016,24 +1053,24 @@ class Checkpoints:
             if self._is_closing:
                 return 0
             self.failed += 1
-            self._due_pages += CHECKPOINT_PAGES // 4
+            self._due_pages += CHECKPOINT_RETRY_PAGES
             if not self._is_failing:
                 log.error("Checkpoints fail, so the write-ahead log grows: %s", why)
             self._is_failing = True
             return 0
         if is_busy:  # another process is at it
-            self._due_pages += CHECKPOINT_PAGES // 4
+            self._due_pages += CHECKPOINT_RETRY_PAGES
             return 0
         if self._is_failing:
             log.warning("Checkpoints work again")
         self._is_failing = False
-        self._due_pages = max(CHECKPOINT_PAGES, pages + CHECKPOINT_PAGES // 4)
+        self._due_pages = max(CHECKPOINT_PAGES, pages + CHECKPOINT_RETRY_PAGES)
         self._warn(pages)
         return int(pages - moved)
 
     def _warn(self, pages: int) -> None:
         """Says once that the log has become very long."""
-        is_long = pages * self._frame_bytes > WARN_LOG_BYTES
+        is_long = pages * self._frame_bytes > WARN_WAL_BYTES
         if is_long and not self._is_warned:
             size = pages * self._frame_bytes / 1e9
             why = "another program's open transaction may hold it"
@@ -1041,12 +1078,12 @@ class Checkpoints:
         self._is_warned = is_long
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, also in the middle of a checkpoint."""
         self._is_closing = True
         self._is_due.set()
         self._connection.interrupt()
         self._thread.join()
-        self._log.close()
+        self._wal.close()
 
 
 def check_sqlite_version() -> None:
@@ -1062,14 +1099,14 @@ def check_is_file(path: str) -> None:
     if os.path.isdir(path):
         raise StoreError("it is a folder; name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise StoreError("it is no regular file; name another file")
+        raise StoreError("it is not a regular file; name another file")
 
 
 def reason_of(why: Exception) -> str:
     """Why a database cannot be opened, and what to do."""
     if isinstance(why, OSError):
         return f"{why.strerror}; name a file in a folder where this user may write"
-    code = getattr(why, "sqlite_errorcode", 0) & 0xFF
+    code = getattr(why, "sqlite_errorcode", 0) & PRIMARY_CODE
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):
         return f"{why}; check its folder, and that this user may write to both"
     if code == sqlite3.SQLITE_NOTADB:
@@ -1103,17 +1140,17 @@ def check_is_ours(path: str) -> None:
     with contextlib.closing(
         sqlite3.connect(Path(path).as_uri() + "?mode=ro", uri=True, timeout=OPEN_SECONDS)
     ) as connection:
-        application, version, tables, *columns = connection.execute(IDENTITY).fetchone()
+        application, version, tables, *columns = connection.execute(FILE_MARKS).fetchone()
     if application == APPLICATION_ID and version > SCHEMA_VERSION:
         raise StoreError("a newer version of this service made it; use that version")
     is_new = (application, version, tables) == (0, 0, 0)
-    is_ours = application == APPLICATION_ID or (application, version) == (0, 1)
+    is_ours = application == APPLICATION_ID or (application, version) == VERSION_1
     if not is_new and not (is_ours and tuple(columns) == OUR_COLUMNS):
         raise StoreError("it belongs to another program; name another file")
 
 
-def identity(path: str) -> tuple[int, int] | None:
-    """What tells a file from every other one; None if there is no file."""
+def file_id(path: str) -> tuple[int, int] | None:
+    """The device and the inode of a file; None if there is no file."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -1156,8 +1193,8 @@ def open_store(db: str) -> Store:
 
 
 # --- Group commit ----------------------------------------------------------------------------
-# Queue, consumer, writer, futures. An fsync takes a disk a third of a millisecond to ten. With one
-# for each request, a few hundred requests a second would be the end. So the writer commits all
+# Queue, consumer, writer, futures. An fsync takes a disk a third of a millisecond to ten. One for
+# each request would allow 100 to 3,000 requests a second. So the writer commits all
 # requests that are ready as one group. While it waits for the disk, the next group gathers: groups
 # grow with the load by themselves. There is no timer, and a lone request waits for nobody.
 # PostgreSQL, MySQL and Kafka's brokers do the same.
@@ -1175,7 +1212,7 @@ class Counts(NamedTuple):
     unique: int
 
 
-class Request(NamedTuple):
+class Submission(NamedTuple):
     """A validated request on its way to the disk."""
 
     batch: Batch
@@ -1222,7 +1259,7 @@ class Health:
             self._tell(logging.WARNING, f"{what} work again")
 
     def _tell(self, level: int, line: str, error: BaseException | None = None) -> None:
-        """Logs a line, but not twice in a minute: on a full disk, small events may still work."""
+        """Logs a line at most once a minute: on a nearly full disk, commits fail and work in turn."""
         now = time.monotonic()
         if now - self._told.get(line, -math.inf) > COMPLAINT_SECONDS:
             self._told[line] = now
@@ -1252,8 +1289,8 @@ class GroupCommit:
         self.is_stopping = False
         self._store = store
         self._health = health
-        self._queue: asyncio.Queue[Request] = asyncio.Queue()
-        self._ready: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._queue: asyncio.Queue[Submission] = asyncio.Queue()
+        self._ready: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
         self._submitted = 0  # requests; the event loop counts these
         self._taken = 0  # requests; the writer counts these
         # What live feeds wait for, by topic (None: any). Weak: it is gone with the last one.
@@ -1262,7 +1299,7 @@ class GroupCommit:
         )
 
     async def start(self) -> None:
-        """Starts the consumer, the writer and the watcher; raises RuntimeError without threads."""
+        """Starts the consumer, the writer and the watcher; raises RuntimeError without a thread."""
         self._loop = asyncio.get_running_loop()
         self.crashed: asyncio.Future[None] = self._loop.create_future()
         self._writer_thread = ThreadPoolExecutor(1, "writer")
@@ -1295,9 +1332,10 @@ class GroupCommit:
         return answer
 
     def _enqueue(self, batch: Batch, size: int) -> asyncio.Future[Counts | Refused]:
+        """The future of a batch. A refusal is its result, and not an exception that it raises."""
         answer: asyncio.Future[Counts | Refused] = self._loop.create_future()
         self._submitted += 1
-        self._queue.put_nowait(Request(batch, size, answer))
+        self._queue.put_nowait(Submission(batch, size, answer))
         return answer
 
     @property
@@ -1309,7 +1347,7 @@ class GroupCommit:
         """The consumer: hands on all that waits, for ever.
 
         It runs when the handlers of this turn of the event loop have queued their requests. So the
-        writer, who then wakes, finds all of them ready.
+        writer, which then wakes, finds most of them ready.
         """
         while True:
             self._ready.put(await self._queue.get())
@@ -1320,19 +1358,19 @@ class GroupCommit:
             self._commit(self._group(request))
             del request  # while the writer waits, it holds no events
 
-    def _group(self, first: Request) -> list[Request]:
+    def _group(self, first: Submission) -> list[Submission]:
         """In the writer's thread: a request and all that is ready by now, up to a size."""
         group = [first]
         size = first.size
         while size < MAX_GROUP_BYTES and not self._ready.empty():
             request = self._ready.get()
-            assert request is not None  # None is the last, and put when all are answered
+            assert request is not None  # None comes last, at the stop, when all are answered
             group.append(request)
             size += request.size
         self._taken += len(group)
         return group
 
-    def _commit(self, group: list[Request]) -> None:
+    def _commit(self, group: list[Submission]) -> None:
         """In the writer's thread: stores a group, and has the event loop answer it."""
         try:
             failure = self._health.reason(COMMITS)
@@ -1360,7 +1398,7 @@ class GroupCommit:
         """Has the event loop call a function."""
         self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _answer(self, group: list[Request], outcome: Outcome) -> None:
+    def _answer(self, group: list[Submission], outcome: Outcome) -> None:
         """On the event loop: tells each request what became of its events."""
         self._health.works(COMMITS)
         start = 0
@@ -1368,31 +1406,32 @@ class GroupCommit:
             end = start + len(request.batch.topics)
             self._resolve(request, Counts(end - start, outcome.is_new.count(1, start, end)))
             start = end
-        if outcome.is_new:  # it was no probe
+        if len(outcome.is_new) > 0:  # else it was a probe
             self.seconds.observe(outcome.seconds)
             self.events.observe(len(outcome.is_new))
             self._loop.call_soon(self._announce, group, outcome)  # when the answers are out
 
-    def _announce(self, group: list[Request], outcome: Outcome) -> None:
+    def _announce(self, group: list[Submission], outcome: Outcome) -> None:
         """Tells the live feeds and the log about a group."""
         topics = list(itertools.chain.from_iterable(each.batch.topics for each in group))
         if self._next_events and 1 in outcome.is_new:
-            self._tell({None, *itertools.compress(topics, outcome.is_new)})
+            self._wake_feeds({None, *itertools.compress(topics, outcome.is_new)})
         event_ids = itertools.chain.from_iterable(each.batch.event_ids for each in group)
         log_events(topics, event_ids, outcome.is_new)
 
-    def _fail(self, group: list[Request], reason: str, error: Exception | None) -> None:
+    def _fail(self, group: list[Submission], reason: str, error: Exception | None) -> None:
         """On the event loop: the database could not store a group."""
         self._health.fails(COMMITS, reason, error)
         self._refuse(group, unavailable(f"The database cannot be written: {reason}"))
 
-    def _refuse(self, group: list[Request], refusal: Refused) -> None:
+    def _refuse(self, group: list[Submission], refusal: Refused) -> None:
         """On the event loop: tells each request why nothing of it is stored."""
-        for request in group:  # each has an error of its own, as it will get a traceback of its own
+        for request in group:  # each raises it, and raising changes it: so they cannot share one
             answer = Refused(refusal.status, refusal.detail, refusal.headers)
             self._resolve(request, answer)
 
-    def _resolve(self, request: Request, answer: Counts | Refused) -> None:
+    def _resolve(self, request: Submission, answer: Counts | Refused) -> None:
+        """Tells one request."""
         self._queue.task_done()
         if not request.answer.done():  # done: nobody waits; its events are stored all the same
             request.answer.set_result(answer)
@@ -1408,7 +1447,8 @@ class GroupCommit:
             self._next_events[topic] = future
         return future
 
-    def _tell(self, topics: Collection[str | None]) -> None:
+    def _wake_feeds(self, topics: Collection[str | None]) -> None:
+        """Resolves what feeds of these topics wait for."""
         for topic in topics:
             future = self._next_events.pop(topic, None)
             if future is not None:
@@ -1433,16 +1473,16 @@ class GroupCommit:
             else:
                 self._health.works(NEWS)
                 if topics is None:
-                    self._tell(list(self._next_events))
+                    self._wake_feeds(list(self._next_events))
                 elif topics:
-                    self._tell([*topics, None])
+                    self._wake_feeds([*topics, None])
             if self._health.reason(COMMITS) and not self.is_stopping:
                 await self._enqueue(Batch(b"", [], []), 0)
 
     def stop(self) -> None:
         """Lets the live feeds end. What was submitted will be stored."""
         self.is_stopping = True
-        self._tell(list(self._next_events))
+        self._wake_feeds(list(self._next_events))
         self._store.wake()
 
     async def finish(self) -> None:
@@ -1476,6 +1516,7 @@ def log_events(topics: Sequence[str], event_ids: Iterator[str], is_new: bytearra
 # request.read(): to refuse them before they take memory, and because aiohttp takes a truncated
 # gzip for whole.
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 HTML = "text/html"
 READ_FORMS = {  # what a reader may ask for in Accept, and what it gets
     JSON: JSON,
@@ -1492,10 +1533,11 @@ FEED_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx: pass on each event as it comes
     "Vary": "Accept",
 }
-HERE = os.path.dirname(os.path.realpath(__file__))  # also where it is run through a link
 
 
-HURRIED = 0.0  # on the event loop's clock: long ago, and so no time limit that anybody sets
+# A time of the event loop that is long past: it ends a time limit at once, and shows later that
+# the limit was cut short.
+HURRIED = 0.0
 
 
 class TimeLimit(NamedTuple):
@@ -1514,9 +1556,9 @@ class TimeLimits:
 
     @contextlib.asynccontextmanager
     async def limit(
-        self, seconds: float, progress: Callable[[], int] = int
+        self, seconds: float, progress: Callable[[], int] = lambda: 0
     ) -> AsyncIterator[asyncio.Timeout]:
-        """Raises TimeoutError in its block after so many seconds, or when it is hurried."""
+        """The block ends with TimeoutError after so many seconds, or when it is hurried."""
         async with asyncio.timeout(seconds) as timeout:
             limit = TimeLimit(timeout, asyncio.get_running_loop().time(), progress)
             self._limits.add(limit)
@@ -1600,14 +1642,14 @@ class ReadersRoom:
             self.taking.hurry(STUCK_SECONDS, 0)
             self._has_changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_changed.wait(), SLOW_SECONDS)
+                await asyncio.wait_for(self._has_changed.wait(), ROOM_SECONDS)
         share = (READERS_BYTES - self._held_bytes) // READERS_SHARES
         return max(1, min(PAGE_BYTES, share))
 
     @contextlib.contextmanager
     def holding(self, piece: bytes) -> Iterator[None]:
         """A piece of an answer is in memory while this lasts."""
-        key = id(piece)
+        key = id(piece)  # no other piece has it while this one is alive, as it is in this block
         if key not in self._holders:
             self._held_bytes += len(piece)
         self._holders[key] += 1
@@ -1640,8 +1682,8 @@ class Place(NamedTuple):
     after: int
     upto: int
     limit: int
-    # What a live feed waits for after this page. A page that was read before an event must not
-    # be shared with a feed that waits for the one after it.
+    # What a live feed waits for after this page. Say that event 7 is stored while a page is read
+    # that does not have it. A feed that waits for event 8 must not share this page.
     next_event: asyncio.Future[None] | None
 
 
@@ -1665,7 +1707,7 @@ class Api:
         self._health = health
         self._commits = commits
         self._admission = Admission(settings.max_in_flight_bytes)
-        self.is_local = is_loopback(settings.host)
+        self.is_local = is_loopback(settings.host)  # `serve` knows better, once it listens
         self._reader_thread = ThreadPoolExecutor(1, "reader")
         self._refusals: Counter[int] = Counter()  # by status
         self._started = time.time()
@@ -1676,7 +1718,7 @@ class Api:
         self._failed_read: Callable[[], object] | None = None  # the last one, until it works
         self._turn = asyncio.Lock()  # one reads at a time, so that the room holds
         self._pages: dict[Place, asyncio.Task[Page]] = {}  # that are being read now
-        self._page_html = read_beside("dashboard.html")
+        self._dashboard = read_beside("dashboard.html")
         self._openapi = read_beside("openapi.json")
 
     async def start(self) -> None:
@@ -1695,10 +1737,8 @@ class Api:
     # --- middlewares ---
 
     @web.middleware
-    async def answer_errors(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        """Answers every error as {"detail": …}."""
+    async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answers every error as {"detail": …}, unless the connection is gone."""
         try:
             return await handler(request)
         except Refused as why:
@@ -1727,10 +1767,11 @@ class Api:
         return web.json_response(detail, status=refusal.status, headers=headers)
 
     @web.middleware
-    async def check_access(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        """Lets in who may come in."""
+    async def check_access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """With a token set, asks for it. Without one, on loopback, refuses foreign names of hosts.
+
+        Such a name may be an attacker's, made to point to 127.0.0.1 (DNS rebinding).
+        """
         if self._settings.api_token:
             self._check_token(request)
         elif self.is_local and not is_local_name(request.headers.get("Host", "")):
@@ -1743,7 +1784,10 @@ class Api:
         return await handler(request)
 
     def _check_token(self, request: web.Request) -> None:
-        """Raises Refused (401); how long the comparison takes tells nothing of the token."""
+        """Raises Refused (401), but not for the health of the service.
+
+        How long the comparison takes does not depend on the token.
+        """
         if request.path in ("/", "/health") and request.method in ("GET", "HEAD", "OPTIONS"):
             return
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -1773,6 +1817,7 @@ class Api:
         return web.Response(status=202, text=text, content_type="application/json")
 
     def _too_large(self) -> Refused:
+        """The answer to a body above the limit."""
         return Refused(413, f"The body is larger than {self._settings.max_body_bytes} bytes")
 
     async def _read_body(self, request: web.Request, bits: int, share: Share) -> bytes:
@@ -1799,9 +1844,9 @@ class Api:
     async def _receive(self, content: StreamReader, share: Share) -> bytes:
         """The body, or the beginning of one that is too large; raises Refused (408, 503)."""
         body = bytearray()
-        limit: asyncio.Timeout | None = None
+        timeout: asyncio.Timeout | None = None
         try:
-            async with self._admission.arriving.limit(BODY_SECONDS, lambda: len(body)) as limit:
+            async with self._admission.arriving.limit(BODY_SECONDS, lambda: len(body)) as timeout:
                 while len(body) <= self._settings.max_body_bytes:
                     piece = await content.readany()
                     if not piece:
@@ -1809,7 +1854,7 @@ class Api:
                     share.grow(len(piece))
                     body += piece
         except TimeoutError:
-            if limit is not None and limit.when() == HURRIED:
+            if timeout is not None and timeout.when() == HURRIED:
                 raise unavailable("The service is stopping, or too busy for a slow body") from None
             raise Refused(408, f"The body did not arrive in {BODY_SECONDS:.0f} s") from None
         return bytes(body)
@@ -1833,12 +1878,12 @@ class Api:
 
     async def _asked(self, request: web.Request) -> Asked:
         """What a reader asks for, by the query and the headers; raises Refused (422)."""
-        accept = ",".join(request.headers.getall("Accept", []))
+        accept = header(request, "Accept")
         form = READ_FORMS[preferred(accept, list(READ_FORMS))]
         known = ["topic", "event_id", "after", "tail", "limit"]
         query = parameters(request, [*known, "lastEventId"] if form == FEED else known)
         topic = query.get("topic") or None
-        limit = integer(query.get("limit"), ["query", "limit"], MAX_INTEGER, least=1)
+        limit = integer(query.get("limit"), ["query", "limit"], default=MAX_INTEGER, least=1)
         last_seq = await self._read(self._store.last_seq)
         if "event_id" in query:
             return await self._asked_for_one(query, form, last_seq)
@@ -1900,8 +1945,8 @@ class Api:
             count += page.count
             after = page.last_seq
         if is_json:
-            head = b"" if count else head
-            yield head + b'], "count": %d, "last_seq": %d}' % (count, after)
+            end = b'], "count": %d, "last_seq": %d}' % (count, after)
+            yield end if count else head + end
 
     async def _feed(self, asked: Asked) -> AsyncGenerator[bytes, None]:
         """Server-Sent Events: what is stored, then what comes, until `limit` or the stop.
@@ -1914,7 +1959,8 @@ class Api:
         loop = asyncio.get_running_loop()
         count = 0
         after = asked.after
-        # These are no messages of their own: some clients would take them for empty events.
+        # `retry:` and comments come without an empty line after them: with one, some clients would
+        # take them for empty events.
         head = b"retry: %d\n" % RETRY_MS
         if asked.is_from_now:  # so that a connection lost before the first event loses none
             head += b'event: position\nid: %d\ndata: {"last_seq": %d}\n\n' % (after, after)
@@ -1937,14 +1983,16 @@ class Api:
                 if page.count:
                     active = self._subscribers - self._idle_subscribers
                     await asyncio.sleep(FEED_PAGE_SECONDS * active)
-                elif not await self._is_told(next_event, sent + HEARTBEAT_SECONDS - loop.time()):
+                elif not await self._wait_for_news(
+                    next_event, sent + HEARTBEAT_SECONDS - loop.time()
+                ):
                     yield b": nothing new\n"
                     sent = loop.time()
         finally:
             self._subscribers -= 1
 
-    async def _is_told(self, next_event: asyncio.Future[None], seconds: float) -> bool:
-        """Waits for the next event; returns whether there may be one."""
+    async def _wait_for_news(self, next_event: asyncio.Future[None], seconds: float) -> bool:
+        """Waits until the next event is stored, or so long; returns whether it is."""
         self._idle_subscribers += 1
         try:
             told, _ = await asyncio.wait([next_event], timeout=max(0.0, seconds))
@@ -1985,6 +2033,7 @@ class Api:
         return await self._stream(request, JSON_UTF8, self._stats_text())
 
     async def _stats_text(self) -> AsyncGenerator[bytes, None]:
+        """The body of GET /stats, in pieces: there may be many topics."""
         totals = await self.totals()
         text = (
             f'{{"received": {totals.received}, "unique_processed": {totals.unique}, '
@@ -2002,11 +2051,12 @@ class Api:
     async def topics(self, request: web.Request) -> web.StreamResponse:
         """GET /topics: the counters of each topic."""
         query = parameters(request, ["after", "limit"])
-        limit = integer(query.get("limit"), ["query", "limit"], MAX_INTEGER, least=1)
+        limit = integer(query.get("limit"), ["query", "limit"], default=MAX_INTEGER, least=1)
         text = self._topics_text(query.get("after", ""), limit)
         return await self._stream(request, JSON_UTF8, text)
 
     async def _topics_text(self, after: str, limit: int) -> AsyncGenerator[bytes, None]:
+        """The body of GET /topics, in pieces."""
         text = '{"topics": ['
         separator = ""
         count = 0
@@ -2117,16 +2167,16 @@ class Api:
     async def _write(self, response: web.StreamResponse, piece: bytes) -> None:
         """Sends a piece; raises TimeoutError if the reader does not take it."""
         with self._room.holding(piece):
-            for start in range(0, len(piece), PAGE_BYTES):
+            for start in range(0, len(piece), WRITE_BYTES):
                 async with self._room.taking.limit(READER_SECONDS):
-                    await response.write(piece[start : start + PAGE_BYTES])
+                    await response.write(piece[start : start + WRITE_BYTES])
 
     # --- the service itself ---
 
     async def root(self, request: web.Request) -> web.Response:
         """GET /: for browsers the page, for all others GET /health."""
-        accept = ",".join(request.headers.getall("Accept", []))
-        if not self._page_html or preferred(accept, [JSON, HTML]) == JSON:
+        accept = header(request, "Accept")
+        if not self._dashboard or preferred(accept, [JSON, HTML]) == JSON:
             health = await self.health(request)
             health.headers["Vary"] = "Accept"
             return health
@@ -2134,14 +2184,14 @@ class Api:
         status = 503 if self._health.reasons else 200
         headers = NO_STORE | {"Vary": "Accept", "X-Frame-Options": "DENY"}
         return web.Response(
-            status=status, body=self._page_html, content_type=HTML, charset="utf-8", headers=headers
+            status=status, body=self._dashboard, content_type=HTML, charset="utf-8", headers=headers
         )
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: whether events can be stored and read."""
         await self._check_reads()
         reason = self._health.reasons
-        health = {"service": NAME, "status": "running", "version": VERSION}
+        health = {"service": SERVICE_NAME, "status": "running", "version": VERSION}
         if reason:
             health |= {"status": "failing", "reason": reason}
         headers = dict(NO_STORE)
@@ -2167,7 +2217,7 @@ class Api:
         return web.Response(text=text, headers=headers)
 
     async def _stored_metrics(self) -> list[Metric]:
-        """What only the database can tell; nothing if it cannot be read, for the rest matters."""
+        """What only the database knows. If it cannot be read, the other metrics are shown alone."""
         try:
             totals = await self.totals()
             size = await self._read(self._store.size)
@@ -2236,15 +2286,23 @@ def histogram(name: str, meaning: str, values: Histogram) -> Metric:
 
 
 def read_beside(name: str) -> bytes:
-    """A file beside this module; empty if there is none."""
+    """A file beside this module, also if that is run through a link; empty if there is none."""
     try:
-        return Path(HERE, name).read_bytes()
+        return Path(__file__).resolve().with_name(name).read_bytes()
     except OSError:
         return b""
 
 
+def header(request: web.Request, name: str) -> str:
+    """A header; if it is there several times, all of them as one list."""
+    return ",".join(request.headers.getall(name, []))
+
+
 def set_reset_on_close(request: web.Request, is_on: bool) -> None:
-    """Whether the end of the connection, however it comes, is a reset (SO_LINGER of 0 s)."""
+    """Makes the end of the connection a reset, however it comes; or stops making it one.
+
+    This is what the socket option SO_LINGER does, with a time of 0 s.
+    """
     if request.transport is not None:
         linger = struct.pack("hh" if os.name == "nt" else "ii", int(is_on), 0)
         connection = request.transport.get_extra_info("socket")
@@ -2255,8 +2313,9 @@ def set_reset_on_close(request: web.Request, is_on: bool) -> None:
 def check_content_type(request: web.Request) -> None:
     """Raises Refused (415) unless the body is JSON.
 
-    Browsers send anything else from page to page without asking; so no other web page can post
-    here. From a page (it has an Origin), the header must not be missing either.
+    A web page may send another site what a form can send, and browsers do not ask that site (with
+    a CORS preflight) before they do. JSON is nothing that a form can send. From a page, which the
+    header Origin shows, the type must not be missing either.
     """
     media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and (media_type or "Origin" in request.headers):
@@ -2265,7 +2324,7 @@ def check_content_type(request: web.Request) -> None:
 
 def window_bits(request: web.Request) -> int:
     """How the body is compressed, as zlib's wbits, 0 if it is not; raises Refused (415)."""
-    encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
+    encoding = header(request, "Content-Encoding").strip().lower()
     if encoding not in WINDOW_BITS:
         raise Refused(
             415,
@@ -2276,7 +2335,7 @@ def window_bits(request: web.Request) -> int:
 
 
 def decompress(body: bytes, bits: int, most: int) -> bytes:
-    """The body without its compression, and of a bomb its first `most` + 1 bytes."""
+    """The body without its compression; no more than `most` + 1 bytes of it (zip bombs)."""
     inflate = zlib.decompressobj(bits)
     try:
         plain = inflate.decompress(body, most + 1)
@@ -2297,13 +2356,16 @@ def is_loopback(host: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def is_local_name(host: str) -> bool:
-    """Whether a Host header cannot be a name that another web page made to point here."""
+    """False for a name other than localhost: it may be an attacker's. IP addresses are no names."""
     name = host.rpartition(":")[0] if re.fullmatch(r".*:[0-9]*", host) else host
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
         return name.lower().removesuffix(".") in ("localhost", "")
     return True
+
+
+NO_FIT = -3  # below that of the range that fits worst, "*/*"
 
 
 def preferred(accept: str, offers: Sequence[str]) -> str:
@@ -2320,8 +2382,8 @@ def preferred(accept: str, offers: Sequence[str]) -> str:
         """The weight of the range that fits best, and how well it fits."""
         for fit, media_range in enumerate((offer, offer.partition("/")[0] + "/*", "*/*")):
             if media_range in ranges:
-                return ranges[media_range], -fit
-        return 0.0, -3
+                return ranges[media_range], -fit if ranges[media_range] else NO_FIT
+        return 0.0, NO_FIT
 
     return max(offers, key=liking)
 
@@ -2352,7 +2414,7 @@ def not_permitted(name: str) -> Entry:
 def resume_position(request: web.Request, query: Mapping[str, str], last_seq: int) -> int | None:
     """Where a subscriber that reconnects left off; None if this is its first time.
 
-    EventSource sends the id that it saw last in a header; its substitutes, in the query.
+    EventSource sends the id that it saw last in a header; some polyfills send it in the query.
     """
     text = request.headers.get("Last-Event-ID", "").strip()
     if text:
@@ -2366,7 +2428,7 @@ def resume_position(request: web.Request, query: Mapping[str, str], last_seq: in
 def integer(
     text: str | None, loc: Loc, default: int, least: int = 0, most: int | None = None
 ) -> int:
-    """The integer in a parameter; raises Refused (422) if it is none, or out of bounds."""
+    """The integer in a parameter, at most MAX_INTEGER; raises Refused (422)."""
     if text is None:
         return default
     try:
@@ -2451,16 +2513,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """A flag wins over its variable, and that over the default; exits with 2 on nonsense."""
+    """The settings: a flag wins over its variable, and that over the default.
+
+    A variable is handed to argparse as the default of its flag: argparse converts it, too. Exits
+    with 2 if a setting makes no sense.
+    """
     about = "Keeps each event exactly once, and loses none that it has acknowledged."
     parser = Parser("aggregator.py", description=about, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
+    parser.add_argument("--version", action="version", version=f"{SERVICE_NAME} {VERSION}")
     for each in fields(Settings):
         variable = each.metadata["variable"]
         default = each.default if each.default != "" else "none"
         parser.add_argument(
             "--" + each.name.replace("_", "-"),
-            type=reader(each.default),
+            type=converter(each.default),
             default=environment.get(variable) or each.default,
             help=f"{each.metadata['meaning']} (default: {default}; environment: {variable})",
         )
@@ -2477,8 +2543,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     return settings
 
 
-def reader(default: Any) -> Callable[[str], Any]:
-    """What makes a setting of a text; an empty one is the default, as it is for a variable."""
+def converter(default: Any) -> Callable[[str], Any]:
+    """A function that makes a setting from text; an empty text gives the default."""
 
     def read(text: str) -> Any:
         return type(default)(text) if text else default
@@ -2518,7 +2584,7 @@ class LogHandler(logging.Handler):
         self._texts.put(text)
 
     def _keep_writing(self) -> None:
-        """The thread."""
+        """Runs in the thread: writes what is in the queue, for ever."""
         told = 0
         while True:
             text = self._texts.get()
@@ -2571,7 +2637,7 @@ class LinesFormatter(logging.Formatter):
 
 
 def prepare_process(settings: Settings) -> None:
-    """The log, the memory, the open files, and how the threads take turns."""
+    """Prepares the log, the memory, the open files, and how the threads take turns."""
     prepare_log(settings.log_level)
     if os.name == "posix":
         return_memory()
@@ -2666,7 +2732,7 @@ async def serve(settings: Settings) -> int:
 
 
 def handle_signals(stop: Callable[[], object]) -> None:
-    """The first signal calls `stop`. A second one ends the process at once, and so does the time.
+    """The first signal calls `stop`. A second one ends the process at once, or STOP_SECONDS do.
 
     This loses nothing that was acknowledged. It is the same on all systems; a KeyboardInterrupt
     would come in the middle of any line.
@@ -2684,12 +2750,12 @@ def handle_signals(stop: Callable[[], object]) -> None:
     # SIGBREAK is Windows's, for Ctrl-Break. SIGALRM comes STOP_SECONDS after the first signal.
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK", "SIGALRM"):
         number = getattr(signal, name, None)
-        if number is not None and not is_ignored(number):
+        if number is not None and not is_ignored_hangup(number):
             signal.signal(number, handle)
 
 
-def is_ignored(number: int) -> bool:
-    """Whether the signal of a terminal that closes is to be ignored, as nohup asks for."""
+def is_ignored_hangup(number: int) -> bool:
+    """Whether it is the signal of a terminal that closes, and nohup has had it ignored."""
     is_hangup = number == getattr(signal, "SIGHUP", None)
     return is_hangup and signal.getsignal(number) is signal.SIG_IGN
 
@@ -2708,14 +2774,14 @@ def site(runner: web.AppRunner, host: str, port: int) -> web.BaseSite:
 
 
 def notice(text: str) -> None:
-    """Logs something at every log level."""
+    """Logs a line whatever the log level is."""
     log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
 
 
 def introduce(settings: Settings, address: str, location: str, totals: Totals) -> None:
     """The first lines of the log: what runs, where its events are, and what to try."""
     token = "set" if settings.api_token else "not set, so who reaches the address may use it"
-    notice(f"{NAME} {VERSION}")
+    notice(f"{SERVICE_NAME} {VERSION}")
     notice(f"Database: {location}, {totals.unique} events")
     notice(f"API token: {token}")
     notice(f"Running on {address} (Ctrl-C stops it)")
@@ -2748,7 +2814,7 @@ def main() -> None:
 def listen_error(why: OSError | UnicodeError, port: int) -> str:
     """Why nobody can listen on the port, and what to do."""
     if isinstance(why, UnicodeError):
-        return "this is no name of a host; try --host 127.0.0.1"
+        return "this is not the name of a host; try --host 127.0.0.1"
     if isinstance(why, socket.gaierror) or why.errno is None:
         return f"{why.strerror or why}; try --host 127.0.0.1"
     reason = os.strerror(why.errno)  # without the address, which asyncio adds
