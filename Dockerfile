@@ -1,19 +1,21 @@
 ARG PYTHON_IMAGE=python:3.11-slim
 
-# --- runtime: aiohttp and two modules ---
+# --- runtime: aiohttp and the modules ---
 FROM ${PYTHON_IMAGE} AS runtime
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /app
 # The packages first: this layer is made anew only when they change. The first line of
 # requirements.txt is all that the service needs; the others are for the tests.
 COPY requirements.txt .
+# For events in PostgreSQL: docker build --build-arg STORE_DRIVER='psycopg[binary]' .
+ARG STORE_DRIVER=""
 RUN grep '^aiohttp==' requirements.txt > /tmp/runtime.txt \
-    && pip install --no-cache-dir --disable-pip-version-check -r /tmp/runtime.txt \
+    && pip install --no-cache-dir --disable-pip-version-check -r /tmp/runtime.txt $STORE_DRIVER \
     && rm /tmp/runtime.txt
 # A new volume takes over the owner of the folder that it covers, so that is made here.
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin appuser \
     && install -d -o appuser -g appuser data
-COPY aggregator.py publisher.py dashboard.html ./
+COPY aggregator.py postgres.py publisher.py dashboard.html ./
 
 # --- test: docker build --target test . ---
 FROM runtime AS test
