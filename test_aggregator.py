@@ -27,11 +27,13 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -4069,6 +4071,691 @@ async def test_its_verdict_holds_though_the_service_is_killed_under_it(
     ended = await outcome(running)
     assert ended.code == 0, ended
     assert len(await all_adds_up(service)) == 1400
+
+
+# --- PostgreSQL --------------------------------------------------------------------------------
+# Several aggregators on one database. The tests start a PostgreSQL of their own, or use the one
+# whose address is in AGGREGATOR_TEST_POSTGRES; each test has a schema of its own there.
+
+POSTGRES_PASSWORD = "secret-password"
+POSTGRES_USER = "secret-user"
+POSTGRES_HOST = "secret-host.example"  # found by the hostaddr beside it
+SECRETS = re.compile(f"{POSTGRES_PASSWORD}|{POSTGRES_USER}|{re.escape(POSTGRES_HOST)}")
+
+
+class PostgresServer:
+    """A PostgreSQL that can be killed; the folder is its own and is gone at the end."""
+
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self._binaries = binaries
+        self._data = folder / "data"
+        self._log = folder / "log"
+        self._owner: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            import pwd
+
+            nobody = pwd.getpwnam("nobody")
+            self._owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            shutil.chown(folder, nobody.pw_uid)
+        password = folder / "password"
+        password.write_text(POSTGRES_PASSWORD)
+        self._run(
+            "initdb",
+            *("--username", POSTGRES_USER, "--pwfile", str(password), "--auth", "scram-sha-256"),
+            *("--encoding", "UTF8", "--locale", "C", "--no-sync"),
+        )
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self._port = probe.getsockname()[1]
+        self.start()
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._binaries / program), "--pgdata", str(self._data), *arguments]
+        with self._log.open("ab") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, check=False, **self._owner)
+        assert done.returncode == 0, self._log.read_text()
+
+    def start(self) -> None:
+        """Returns when it takes connections."""
+        # Without fsync: here processes die, and no machine loses its power.
+        options = f"-h 127.0.0.1 -p {self._port} -k {self._data} -F"
+        self._run("pg_ctl", "--wait", "--silent", "--options", options, "start")
+
+    def stop(self) -> None:
+        """Ends all its processes at once, in the middle of whatever they do."""
+        self._run("pg_ctl", "--wait", "--silent", "--mode", "immediate", "stop")
+
+    @property
+    def address(self) -> str:
+        return (
+            f"postgresql://{POSTGRES_USER}:{POSTGRES_PASSWORD}@{POSTGRES_HOST}:{self._port}/postgres"
+            "?hostaddr=127.0.0.1"
+        )
+
+
+@pytest.fixture(scope="module")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A server of our own."""
+    if os.environ.get("AGGREGATOR_TEST_POSTGRES"):
+        pytest.skip("AGGREGATOR_TEST_POSTGRES names a server that is not ours to restart")
+    pytest.importorskip(
+        "psycopg", reason='needs pip install "psycopg[binary]"', exc_type=ImportError
+    )
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    found = shutil.which("initdb") or (installed and installed[-1])
+    if not found:
+        pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
+    with tempfile.TemporaryDirectory(prefix="aggregator-postgres-") as folder:
+        server = PostgresServer(Path(found).resolve().parent, Path(folder))
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def postgres_address(request: pytest.FixtureRequest) -> str:
+    """The address of a database."""
+    address = os.environ.get("AGGREGATOR_TEST_POSTGRES")
+    if address:
+        pytest.importorskip(
+            "psycopg", reason='needs pip install "psycopg[binary]"', exc_type=ImportError
+        )
+        return address
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.address
+
+
+class Database:
+    """A schema of its own in a PostgreSQL, as far as a client of it can see."""
+
+    def __init__(self, address: str) -> None:
+        import psycopg
+
+        self.server_address = address
+        self.schema = f"test_{random.SystemRandom().getrandbits(48):x}"
+        self.address = self.with_options(f"-csearch_path={self.schema}")
+        self._connect = functools.partial(psycopg.connect, autocommit=True)
+        self.ask(f"CREATE SCHEMA {self.schema}")
+
+    def with_options(self, options: str) -> str:
+        """The address with settings for its connections: "-cname=value"."""
+        separator = "&" if "?" in self.server_address else "?"
+        return f"{self.server_address}{separator}options={urllib.parse.quote(options)}"
+
+    def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows of a query, through a connection of its own."""
+        with self._connect(self.address) as connection:
+            cursor = connection.execute(query, values or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def events(self) -> list[tuple[int, str, str]]:
+        """The truth: seq, topic and event_id of what is stored, in order."""
+        return self.ask(
+            "SELECT seq, name, event_id FROM events JOIN topics ON id = topic_id ORDER BY seq"
+        )
+
+    def counters(self) -> dict[str, tuple[int, int]]:
+        """By topic, and for all ("") together: received and stored."""
+        found = self.ask(
+            "SELECT name, received, stored FROM topics"
+            " UNION ALL SELECT '', received, stored FROM aggregator"
+        )
+        return {name: (received, stored) for name, received, stored in found}
+
+    def backends(self) -> list[int]:
+        """The server's processes for the connections of aggregators to this schema."""
+        found = self.ask(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'event-aggregator'"
+        )
+        return [process_id for (process_id,) in found]
+
+    def drop(self) -> None:
+        """Takes it away."""
+        self.ask(f"DROP SCHEMA {self.schema} CASCADE")
+
+
+@pytest.fixture
+def database(postgres_address: str) -> Iterator[Database]:
+    """An empty schema."""
+    made = Database(postgres_address)
+    yield made
+    made.drop()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def open_store(database: Database) -> Iterator[Open]:
+    """Opens stores in this process; each is to the database what a process is."""
+    from postgres import PostgresStore
+
+    stores: list[Any] = []
+
+    def open_store(address: str = database.address) -> Any:
+        stores.append(PostgresStore(address))
+        return stores[-1]
+
+    yield open_store
+    for store in stores:
+        store.close()
+
+
+def batch_of(store: Any, events: Sequence[dict[str, Any]]) -> Batch:
+    """The events as a store wants them."""
+    return validate(json_of(events), store.encode)
+
+
+def store_events(store: Any, *batches: Sequence[dict[str, Any]]) -> list[int]:
+    """Commits these batches as one group; returns for each event whether it was new."""
+    return list(store.commit([batch_of(store, events) for events in batches]).is_new)
+
+
+def add_up(database: Database) -> list[tuple[int, str, str]]:
+    """What holds at every moment, by the tables; returns the stored events."""
+    events = database.events()
+    assert len({(topic, event_id) for _, topic, event_id in events}) == len(events)
+    stored = Counter(topic for _, topic, _ in events)
+    counters = database.counters()
+    received, unique = counters.pop("")
+    assert {topic: unique for topic, (_, unique) in counters.items()} == stored
+    assert unique == len(events)
+    assert received == sum(received for received, _ in counters.values())
+    assert all(received >= unique for received, unique in counters.values())
+    return events
+
+
+def test_a_start_without_the_driver_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError")
+    address = f"postgresql://{POSTGRES_USER}:{POSTGRES_PASSWORD}@{POSTGRES_HOST}/events"
+    done = subprocess.run(
+        [sys.executable, str(HERE / "aggregator.py"), "--db", address],
+        env=clean_environment({"PYTHONPATH": str(tmp_path)}),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        'aggregator: PostgreSQL needs a driver: pip install "psycopg[binary]"\n'
+    )
+
+
+def test_a_group_tells_new_events_from_duplicates(database: Database, open_store: Open) -> None:
+    one, other = open_store(), open_store()
+    assert store_events(one, numbered([1, 2]), numbered([2, 3, 3])) == [1, 1, 0, 1, 0]
+    assert store_events(other, numbered([3, 4]), numbered([1], topic="another")) == [0, 1, 1]
+    assert [event_id for _, _, event_id in add_up(database)] == ["1", "2", "3", "4", "1"]
+    assert database.counters() == {"order.created": (7, 4), "another": (1, 1), "": (8, 5)}
+    assert one.totals() == (8, 5, 3)
+    assert other.topics("", 10) == [("another", 1, 1, 0), ("order.created", 7, 4, 3)]
+    assert other.topics("another", 10) == other.topics("", 10)[1:]
+
+
+def test_events_come_back_as_they_were_sent(open_store: Open) -> None:
+    store = open_store()
+    sent = [
+        event(event_id="1", source='quote " backslash \\ é 😀', topic="topic/é"),
+        event(event_id="2", payload={"\0\t\n": ["\x85\u2028\u2029", 10**400, -0.0, 1e-7, None]}),
+        event(event_id="3", payload={}, timestamp="2025-10-24 10:30"),
+    ]
+    assert store_events(store, sent) == [1, 1, 1]
+    last = store.last_seq()
+    texts = {
+        form: store.page(form, None, 0, last, 100, 100_000).text.decode()
+        for form in (aggregator.JSON, aggregator.LINES, aggregator.FEED)
+    }
+    assert same_json(json.loads(f"[{texts[aggregator.JSON]}]"), sent)
+    lines = texts[aggregator.LINES].splitlines()  # splits at U+0085 and its like, too
+    assert same_json([json.loads(line) for line in lines], sent)
+    assert texts[aggregator.FEED] == "".join(
+        f"id: {seq}\ndata: {line}\n\n" for seq, line in enumerate(lines, last - 2)
+    )
+
+
+def test_a_page_ends_with_the_event_that_fills_it(open_store: Open) -> None:
+    store = open_store()
+    store_events(store, numbered(range(600)), numbered([600], payload={"text": "x" * 100_000}))
+    form, last = aggregator.LINES, store.last_seq()
+
+    def page(after: int, limit: int, most_bytes: int, upto: int = last) -> tuple[int, int]:
+        found = store.page(form, None, after, upto, limit, most_bytes)
+        assert found.text.count(b"\n") == found.count
+        return found.count, found.last_seq - after
+
+    assert page(0, 7, 100_000) == (7, 7)
+    assert page(0, 10**9, 10**9) == (500, 500)
+    assert page(0, 10**9, 10**9, upto=3) == (3, 3)
+    few, _ = page(0, 10**9, 2_000)
+    assert 5 < few < 20
+    assert page(last - 1, 10**9, 1) == (1, 1)  # an event larger than the page
+    assert page(last, 10**9, 1) == (0, 0)
+
+
+def test_the_newest_events_and_a_single_one_are_found(open_store: Open) -> None:
+    store = open_store()
+    assert store.last_seq() == store.position(None, 3) == 0
+    store_events(store, numbered([1, 2, 3]), numbered([1, 2], topic="other"), numbered([4]))
+    first = store.find("order.created", "1")
+    assert [store.position(None, tail) - first for tail in (0, 1, 3, 99)] == [5, 4, 2, -1]
+    assert [store.position("other", tail) - first for tail in (0, 1, 2, 99)] == [5, 3, 2, 2]
+    assert store.position("unknown", 3) == store.last_seq()
+    assert store.find("other", "2") == first + 4
+    for topic, event_id in [("other", "3"), ("unknown", "1"), ("other\0", "1"), ("\ud800", "1")]:
+        assert store.find(topic, event_id) is None
+        assert store.topics(topic, 1) is not None
+
+
+@pytest.mark.parametrize("topic", [None, "busy", "rare"])
+def test_pages_are_ranges_of_an_index_however_rare_the_topic(
+    database: Database, open_store: Open, topic: str | None
+) -> None:
+    import postgres
+
+    open_store()
+    database.ask("INSERT INTO topics (id, name) VALUES (1, 'busy'), (21, 'rare')")
+    database.ask(  # a planner who does not know better expects each topic to have its share
+        "INSERT INTO events"
+        " SELECT n, CASE WHEN n % 10000 = 7 THEN 21 ELSE 1 + n % 20 END, n, '', '', '{}'"
+        " FROM generate_series(1, 20000) AS n"
+    )
+    database.ask("ANALYZE events")
+    which = postgres.OF_TOPIC if topic else postgres.OF_ALL
+    page = postgres.PAGE.format(text=postgres.TEXTS[aggregator.LINES], **which)
+    values = {"topic": topic, "after": 5000, "upto": 20000, "limit": 500, "most_bytes": 10**6}
+    plan = explain_plan(database, page, values)
+    scans = [node for node in plan if node.get("Relation Name") == "events"]
+    assert [node["Index Name"] for node in scans] == ["events_of_topic" if topic else "events_pkey"]
+    assert "seq" in scans[0]["Index Cond"]
+    assert "Filter" not in scans[0]
+    assert scans[0]["Actual Rows"] == (1 if topic == "rare" else 500)
+
+
+def explain_plan(database: Database, query: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes of the plan by which a query was run."""
+    import psycopg
+
+    with psycopg.connect(database.address) as connection:
+        row = connection.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", values).fetchone()
+    assert row
+    waiting = [row[0][0]["Plan"]]
+    nodes = []
+    while waiting:
+        nodes.append(waiting.pop())
+        waiting += nodes[-1].get("Plans", [])
+    return nodes
+
+
+def waits_for_the_lock(database: Database) -> bool:
+    """Whether a process waits until another one's group is committed."""
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    return database.ask(query) == [(1,)]
+
+
+async def test_no_reader_sees_an_event_before_an_earlier_one(
+    database: Database, open_store: Open
+) -> None:
+    import psycopg
+
+    import postgres
+
+    store, reader = open_store(), open_store()
+    batch = batch_of(store, numbered([1]))
+    with psycopg.connect(database.address) as slow:  # a process whose commit takes its time
+        slow.execute(postgres.COMMIT_GROUP_FUNCTION)
+        slow.execute(postgres.COMMIT_GROUP, [batch.text.decode(), f"1\t{batch.topics[0]}"])
+        second = asyncio.create_task(asyncio.to_thread(store_events, store, numbered([2])))
+        await until(lambda: waits_for_the_lock(database))
+        assert reader.last_seq() == 0
+        slow.commit()
+    assert await second == [1]
+    assert [event_id for _, _, event_id in add_up(database)] == ["1", "2"]
+
+
+def test_an_empty_group_writes_and_fails_where_a_group_would(
+    database: Database, open_store: Open
+) -> None:
+    store = open_store()
+    version = "SELECT xmin::text FROM aggregator"
+    before = database.ask(version)
+    assert store.commit([]).is_new == b""
+    assert database.ask(version) != before
+    database.ask("ALTER TABLE events RENAME TO elsewhere")
+    with pytest.raises(aggregator.Unavailable, match="missing"):
+        store.commit([])
+    database.ask("ALTER TABLE elsewhere RENAME TO events")
+    assert store.commit([]).is_new == b""
+    assert database.counters() == {"": (0, 0)}
+
+
+def test_news_name_the_topics_unless_the_names_are_too_long(open_store: Open) -> None:
+    one, other = open_store(), open_store()
+    assert one.changed() is None  # it listens from now on
+    store_events(other, numbered([1, 2]), numbered([1], topic="other"))
+    assert one.changed() == {"order.created", "other"}
+    store_events(other, numbered([1, 3], topic="other"), numbered([1]))
+    assert one.changed() == {"other"}
+    store_events(one, numbered([4]))
+    assert one.changed() == set()  # its own
+    store_events(other, [event(topic=f"{number}{'x' * 500}") for number in range(20)])
+    assert one.changed() is None
+
+
+def test_a_listener_that_was_cut_off_wakes_everybody(database: Database, open_store: Open) -> None:
+    one, other = open_store(), open_store()
+    assert one.changed() is None
+    for backend in database.backends():
+        database.ask("SELECT pg_terminate_backend(%s)", backend)
+    with pytest.raises(aggregator.Unavailable):
+        one.changed()
+    assert store_events(one, numbered([1])) == [1]  # it knows that its connection is broken
+    with pytest.raises(aggregator.Unavailable):
+        store_events(other, numbered([1]))
+    assert store_events(other, numbered([1])) == [0]
+    assert one.changed() is None
+
+
+async def test_a_server_that_is_silent_on_a_live_connection_is_given_up(
+    postgres_server: PostgresServer,
+    database: Database,
+    open_store: Open,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import postgres
+
+    monkeypatch.setattr(postgres, "SILENCE_SECONDS", 1.0)
+    store = open_store()
+    (backend,) = database.backends()
+    rescue = threading.Timer(PATIENCE_SECONDS, os.kill, [backend, signal.SIGCONT])
+    rescue.start()
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        with pytest.raises(aggregator.Unavailable, match="lost"):
+            store_events(store, numbered([1]))
+    finally:
+        rescue.cancel()
+        os.kill(backend, signal.SIGCONT)
+    await until(lambda: can_commit(store))
+    await until(lambda: database.events())  # it was in doubt, and is stored after all
+    assert store_events(store, numbered([1])) == [0]
+
+
+def can_commit(store: Any) -> bool:
+    """Whether a probe goes well."""
+    with contextlib.suppress(aggregator.Unavailable):
+        store.commit([])
+        return True
+    return False
+
+
+async def test_a_commit_that_did_not_reach_the_standby_is_not_acknowledged(
+    postgres_server: PostgresServer, database: Database, open_store: Open
+) -> None:
+    store = open_store()
+    standby = "ALTER SYSTEM SET synchronous_standby_names = '{}'"
+    database.ask(standby.format("nobody"))
+    try:
+        database.ask("SELECT pg_reload_conf()")
+        await until(lambda: database.ask("SHOW synchronous_standby_names") == [("nobody",)])
+        first = asyncio.create_task(asyncio.to_thread(store_events, store, numbered([1])))
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        await until(lambda: database.ask(waits) == [(1,)])
+        for backend in database.backends():
+            database.ask("SELECT pg_cancel_backend(%s)", backend)
+        with pytest.raises(aggregator.Unavailable, match="standby"):
+            await first
+    finally:
+        database.ask(standby.format(""))
+        database.ask("SELECT pg_reload_conf()")
+    assert store_events(store, numbered([1])) == [0]  # it was stored here, in doubt
+
+
+def foreign_tables(database: Database) -> str:
+    database.ask("CREATE TABLE events (id integer)")
+    return database.address
+
+
+def newer_tables(database: Database) -> str:
+    import postgres
+
+    postgres.PostgresStore(database.address).close()
+    database.ask("UPDATE aggregator SET schema_version = 99")
+    return database.address
+
+
+def cockroach(database: Database) -> str:
+    database.ask(
+        "CREATE FUNCTION version() RETURNS text LANGUAGE sql AS $$ SELECT 'CockroachDB CCL v25' $$"
+    )
+    return database.with_options(f"-csearch_path={database.schema},pg_catalog")
+
+
+def latin_database(database: Database) -> str:
+    database.ask(
+        f"CREATE DATABASE {database.schema} TEMPLATE template0 ENCODING 'LATIN1'"
+        " LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    return database.server_address.replace("/postgres?", f"/{database.schema}?")
+
+
+REFUSALS: dict[str, tuple[Callable[[Database], str], str]] = {
+    "foreign": (foreign_tables, "another program"),
+    "newer": (newer_tables, "newer version"),
+    "CockroachDB": (cockroach, "CockroachDB"),
+    "LATIN1": (latin_database, "UTF8"),
+    "off": (lambda it: it.with_options("-csynchronous_commit=off"), "synchronous_commit"),
+    "local": (lambda it: it.with_options("-csynchronous_commit=local"), "synchronous_commit"),
+    "read-only": (lambda it: it.with_options("-cdefault_transaction_read_only=on"), "only reads"),
+    "no schema": (lambda it: it.with_options("-csearch_path=nowhere"), "schema"),
+    "password": (lambda it: it.address.replace(POSTGRES_PASSWORD, "wrong"), "psql"),
+    "database": (lambda it: it.address.replace("/postgres?", "/secret-user?"), "psql"),
+    "port": (lambda it: re.sub(r":\d+/", ":1/", it.address), "psql"),
+    "address": (lambda it: it.address.replace(POSTGRES_HOST, f"[{POSTGRES_HOST}"), "address"),
+    "parameter": (lambda it: it.address + "&secret-user=1", "address"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_what_cannot_keep_the_promises_is_refused_untouched(
+    postgres_server: PostgresServer, database: Database, refusal: str
+) -> None:
+    from postgres import PostgresStore
+
+    prepare, reason = REFUSALS[refusal]
+    address = prepare(database)
+    query = "SELECT relname, relkind FROM pg_class WHERE relnamespace = %s::regnamespace ORDER BY 1"
+    before = database.ask(query, database.schema)
+    with pytest.raises(aggregator.StoreError) as refused:
+        PostgresStore(address)
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not SECRETS.search(str(refused.value))
+    assert refused.value.__cause__ is None and refused.value.__suppress_context__
+    assert database.ask(query, database.schema) == before
+
+
+async def test_who_starts_while_another_makes_the_tables_waits_for_them(
+    database: Database, open_store: Open
+) -> None:
+    import psycopg
+
+    import postgres
+
+    with psycopg.connect(database.address) as other:
+        other.execute(postgres.MAKE_TABLES)
+        opening = asyncio.create_task(asyncio.to_thread(open_store))
+        await until(lambda: waits_for_the_lock(database))
+        other.commit()
+    assert store_events(await opening, numbered([1])) == [1]
+
+
+async def test_processes_that_start_at_once_share_the_events(
+    database: Database, process: StartProcess
+) -> None:
+    services = await asyncio.gather(*[process(DB_PATH=database.address) for _ in range(2)])
+    answers = [await service.publish(numbered([1, 2])) for service in services]
+    assert [answer.counts for answer in answers] == [(2, 2, 0), (2, 0, 2)]
+    for service in services:
+        assert await service.stats() == (4, 2, 2)
+        assert not SECRETS.search(service.log())
+    add_up(database)
+
+
+async def test_a_live_feed_hears_of_another_process_within_a_second(
+    database: Database, process: StartProcess
+) -> None:
+    one, other = await asyncio.gather(*[process(DB_PATH=database.address) for _ in range(2)])
+    async with one.feed() as of_all, one.feed(topic="order.created") as of_topic:
+        for number in range(5):
+            assert (await other.publish(numbered([number]))).status == 202
+            answered = time.monotonic()
+            for feed in (of_all, of_topic):
+                [(_, found)] = await feed.take(1)
+                assert found["event_id"] == str(number)
+            assert time.monotonic() - answered < 1
+
+
+async def test_every_process_says_that_the_database_is_away_and_recovers_by_itself(
+    postgres_server: PostgresServer, database: Database, process: StartProcess
+) -> None:
+    services = await asyncio.gather(
+        *[process(DB_PATH=database.address, LOG_LEVEL="DEBUG") for _ in range(2)]
+    )
+    postgres_server.stop()
+    try:
+        for service in services:  # nobody posts
+            await health_becomes(service, 503)
+        answers = [
+            await services[0].publish(event()),
+            await services[0].ask("GET", "/events"),
+            await services[0].ask("GET", "/stats"),
+            await services[1].ask("GET", "/health"),
+        ]
+        for answer in answers[:3]:
+            assert answer.detail(503)
+    finally:
+        postgres_server.start()
+    for service in services:
+        await health_becomes(service, 200)
+        assert (await service.publish(event())).status == 202
+        assert not SECRETS.search(service.log())
+    assert not any(SECRETS.search(answer.body.decode()) for answer in answers)
+    assert len(add_up(database)) == 1
+
+
+async def health_becomes(service: Service, status: int) -> None:
+    async def is_it() -> bool:
+        return await service.health() == status
+
+    await until(is_it)
+
+
+@dataclass(slots=True)
+class Chaos:
+    """Publishers and subscribers who go from process to process while these are killed."""
+
+    services: list[Process]
+    chance: random.Random
+    acknowledged: set[tuple[str, str]]
+    answered: int = 0  # events of which somebody was told that they are stored
+    sent: int = 0  # events, with those sent again
+    is_over: bool = False
+
+    async def more(self, events: int) -> None:
+        """Returns when so many more events are acknowledged."""
+        enough = self.answered + events
+        await until(lambda: self.answered >= enough)
+
+    async def publish(self, name: str) -> None:
+        """Sends events in order, each until it is acknowledged, and some of them again."""
+        number = 0
+        while not self.is_over:
+            count = self.chance.choice([1, 1, 5, 20])
+            numbers = range(max(0, number - self.chance.choice([0, 0, 3])), number + count)
+            batch = [
+                event(topic=f"topic {each % 3}", event_id=f"{name} {each}") for each in numbers
+            ]
+            await self.send(batch)
+            number += count
+
+    async def send(self, batch: list[dict[str, Any]]) -> None:
+        """Publishes a batch, again and again, until some process acknowledges it."""
+        while True:
+            self.sent += len(batch)
+            with contextlib.suppress(aiohttp.ClientError, ConnectionError, asyncio.TimeoutError):
+                answer = await self.chance.choice(self.services).publish(batch)
+                if answer.status == 202:
+                    break
+                assert answer.status == 503, answer
+            await asyncio.sleep(0.02)  # as a publisher would, and shorter
+        self.answered += len(batch)
+        self.acknowledged.update((each["topic"], each["event_id"]) for each in batch)
+
+    async def subscribe(self) -> list[tuple[int, str, str]]:
+        """Reads a live feed to the event "end", going on after what it has wherever it can."""
+        found: list[tuple[int, str, str]] = []
+        while not found or found[-1][2] != "end":
+            service = self.chance.choice(self.services)
+            headers = {"Accept": "text/event-stream"}
+            if found:
+                headers["Last-Event-ID"] = str(found[-1][0])
+            with contextlib.suppress(aiohttp.ClientError, ConnectionError, asyncio.TimeoutError):
+                async with service.session.get(f"{service.url}/events", headers=headers) as answer:
+                    assert answer.status in (200, 503)
+                    feed = Feed(answer)
+                    for _ in range(self.chance.randrange(50, 2000)):
+                        taken = await feed.take(1) if answer.status == 200 else []
+                        if not taken:
+                            break
+                        seq, each = taken[0]
+                        found.append((seq, each["topic"], each["event_id"]))
+                        if each["event_id"] == "end":
+                            break
+            await asyncio.sleep(0.02)
+        return found
+
+
+async def run_chaos(
+    server: PostgresServer, database: Database, services: list[Process], blows: Sequence[str]
+) -> Chaos:
+    """Strikes a process or the database, blow by blow, under load; then checks everything."""
+    chaos = Chaos(services, random.Random(18), set())
+    publishers = [asyncio.create_task(chaos.publish(f"publisher {n}")) for n in range(6)]
+    subscribers = [asyncio.create_task(chaos.subscribe()) for _ in range(3)]
+    for blow in blows:
+        await chaos.more(chaos.chance.randrange(200, 400))
+        if blow == "database":
+            await asyncio.to_thread(server.stop)
+            await asyncio.to_thread(server.start)
+        else:
+            victim = chaos.chance.choice(services)
+            await victim.kill()
+            await victim.start()
+    chaos.is_over = True
+    await asyncio.gather(*publishers)
+    await chaos.send([event(topic="end", event_id="end")])
+    truth = add_up(database)
+    assert chaos.acknowledged <= {(topic, event_id) for _, topic, event_id in truth}
+    received, _ = database.counters()[""]
+    assert chaos.answered <= received <= chaos.sent
+    for found in await asyncio.gather(*subscribers):
+        assert found == truth
+    numbers: dict[str, list[int]] = {}
+    for _, _, event_id in truth[:-1]:
+        publisher, _, number = event_id.rpartition(" ")
+        numbers.setdefault(publisher, []).append(int(number))
+    assert all(each == list(range(len(each))) for each in numbers.values())
+    for service in services:
+        assert await service.stats() == (received, len(truth), received - len(truth))
+        assert not SECRETS.search(service.log())
+    return chaos
+
+
+async def test_nothing_is_lost_or_stored_twice_whatever_is_killed(
+    postgres_server: PostgresServer, database: Database, process: StartProcess
+) -> None:
+    services = await asyncio.gather(*[process(DB_PATH=database.address) for _ in range(3)])
+    blows = ["process", "database", "process", "process"]
+    await run_chaos(postgres_server, database, list(services), blows)
 
 
 # --- The README --------------------------------------------------------------------------------
