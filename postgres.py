@@ -545,8 +545,8 @@ class PostgresStore:
             if is_new_connection or self._news_in_doubt:
                 self._news_in_doubt = False
                 return None  # some news may not have been heard
-            heard = self._listener.notifications(LISTEN_SECONDS)
-            if not heard:
+            news = self._news_of_others()
+            if not news:
                 self._listener.ask(STILL_THERE)  # silence alone says nothing
         except Unavailable:
             if self._stopping:
@@ -554,10 +554,19 @@ class PostgresStore:
             self._writer.is_stale = True  # so that nobody else has to find out with a failure
             self._reader.is_stale = True
             raise
-        news = [each.payload for each in heard if each.pid != self._writer.process_id]
         if "" in news:
             return None
         return {topic for names in news for topic in names.split("\n")}
+
+    def _news_of_others(self) -> list[str]:
+        """What other processes notified, as soon as there is something; [] after a second."""
+        end = time.monotonic() + LISTEN_SECONDS
+        while (rest := end - time.monotonic()) > 0:
+            heard = self._listener.notifications(rest)
+            news = [each.payload for each in heard if each.pid != self._writer.process_id]
+            if news:
+                return news
+        return []
 
     # --- any thread ---
 
