@@ -43,7 +43,7 @@ import urllib.parse
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import ANY
@@ -4120,7 +4120,7 @@ def blocks_of(path: Path) -> list[Block]:
                 continue
             code = "".join(f"{each}\n" for each in lines)
             if fence == "text" and is_next and found[-1].printed is None:
-                found[-1] = replace(found[-1], printed=code)
+                found[-1] = dataclasses.replace(found[-1], printed=code)
             else:
                 found.append(Block(path.name, heading, fence, code, None))
             fence = None
@@ -4216,9 +4216,7 @@ def free_port() -> int:
 
 
 @pytest_asyncio.fixture
-async def laboratory(
-    tmp_path: Path, process: Callable[..., Awaitable[Process]]
-) -> Laboratory:
+async def laboratory(tmp_path: Path, process: Callable[..., Awaitable[Process]]) -> Laboratory:
     """A laboratory whose service has an empty database."""
     return Laboratory(tmp_path, await process(db=tmp_path / "data" / "dedup.db"))
 
@@ -4255,7 +4253,8 @@ def test_every_block_can_be_parsed(path: Path) -> None:
         elif block.language == "ini":
             configparser.ConfigParser(strict=False).read_string(block.code)
         elif block.language == "sh" and shutil.which("bash"):
-            done = subprocess.run(["bash", "-n", "-c", block.code], capture_output=True, check=False)
+            check = ["bash", "-n", "-c", block.code]
+            done = subprocess.run(check, capture_output=True, check=False)
             assert not done.returncode and not done.stderr, (block, done.stderr)
             for script in re.findall(r"<<'EOF'\n(.*?)^EOF$", block.code, re.M | re.S):
                 compile(script, path.name, "exec")
@@ -4353,7 +4352,8 @@ async def test_all_printed_json_has_the_shape_of_an_answer(
 @needs_readme
 def test_the_settings_table_is_the_settings() -> None:
     found = table_rows(README.read_text(encoding="utf-8"), "flag")
-    in_the_image = dict(re.findall(r"(\w+)=(\S+)", re.findall(r"(?m)^ENV (HOST.*)", dockerfile())[0]))
+    (environment,) = re.findall(r"(?m)^ENV (HOST.*)", dockerfile())
+    in_the_image = dict(re.findall(r"(\w+)=(\S+)", environment))
     assert len(found) == len(dataclasses.fields(Settings))
     for (flag, variable, default, _), setting in zip(found, dataclasses.fields(Settings)):
         assert flag == f"`--{setting.name.replace('_', '-')}`"
