@@ -4447,7 +4447,7 @@ def test_the_table_of_refusals_lists_every_status() -> None:
 
 FROM_ELSEWHERE = (  # what Python, SQLite and the system say
     "ModuleNotFoundError: No module named 'aiohttp'",
-    "address already in use",
+    "Address already in use",
     "unable to open database file",
     "readonly database",
     "file is not a database",
