@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import array
 import asyncio
+import configparser
 import contextlib
+import dataclasses
 import datetime
 import email.utils
 import functools
@@ -4759,18 +4761,426 @@ async def test_nothing_is_lost_or_stored_twice_whatever_is_killed(
 
 
 # --- The README --------------------------------------------------------------------------------
+# README.md and docs/ are compared with what is so: links, names, numbers, tables, and every sample
+# that is printed. Block, blocks_of, Laboratory, plain, table_rows, whole_project
 
 README = HERE / "README.md"
-
-
-@pytest.mark.skipif(
+TEXTS = [README, *sorted((HERE / "docs").glob("*.md"))]
+LANGUAGES = {
+    "sh", "text", "python", "json", "yaml", "js", "lua", "ini",
+    "nginx", "haproxy", "caddyfile", "powershell", "sql",
+}  # fmt: skip
+whole_project = pytest.mark.skipif(
     not (README.exists() and (HERE / "Dockerfile").exists()), reason="not the whole project"
 )
-def test_the_readme_links_and_names_only_what_exists() -> None:
-    text = README.read_text()
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if not re.match("[a-z]+:", link):
-            assert (HERE / link).exists(), link
-    code = "".join((HERE / name).read_text() for name in ("aggregator.py", "publisher.py"))
-    for name in set(re.findall(r"`(?:\w+\.)*(\w+)\(\)`", text)):
+needs_readme = pytest.mark.skipif(not README.exists(), reason="no README.md")
+needs_curl = pytest.mark.skipif(
+    not (README.exists() and shutil.which("bash") and shutil.which("curl")),
+    reason="the samples are for bash and curl",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of code in one of the texts."""
+
+    text: str  # the file it is in
+    heading: str  # the nearest one above it
+    language: str
+    code: str
+    printed: str | None  # the block right behind it, if that is what it prints
+
+
+def blocks_of(path: Path) -> list[Block]:
+    """The blocks of code in a text, in order."""
+    heading = ""
+    fence: str | None = None  # the language of the block that is open
+    lines: list[str] = []
+    found: list[Block] = []
+    is_next = False  # nothing but blank lines since the last block
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            if fence is None:
+                fence = line[3:]
+                lines = []
+                continue
+            code = "".join(f"{each}\n" for each in lines)
+            if fence == "text" and is_next and found[-1].printed is None:
+                found[-1] = dataclasses.replace(found[-1], printed=code)
+            else:
+                found.append(Block(path.name, heading, fence, code, None))
+            fence = None
+            is_next = found[-1].language != "text"
+        elif fence is not None:
+            lines.append(line)
+        elif line.startswith("#"):
+            heading = line.lstrip("#").strip()
+            is_next = False
+        elif line:
+            is_next = False
+    assert fence is None, f"{path.name}: a block has no end"
+    return found
+
+
+def prose_of(path: Path) -> str:
+    """A text without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors_of(path: Path) -> set[str]:
+    """What links to the headings of a text look like."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(path), re.M)
+    letters = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {text.replace(" ", "-") for text in letters}
+
+
+def table_rows(text: str, first_column: str) -> list[list[str]]:
+    """The rows of the table that begins with this column."""
+    _, found, rest = text.partition(f"\n| {first_column} |")
+    assert found, first_column
+    rows_of_it: list[list[str]] = []
+    for line in rest.splitlines()[2:]:
+        if not line.startswith("|"):
+            break
+        rows_of_it.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows_of_it
+
+
+def plain(text: str) -> list[str]:
+    """The lines of a sample without what differs from run to run."""
+    for changing, constant in (
+        (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME"),
+        (r"Database: .*/data/dedup\.db", "Database: FILE"),
+        (r"(localhost|127\.0\.0\.1):\d+", "ADDRESS"),
+        (r"publisher-[0-9a-f]{12}", "RUN"),
+        (r'(?<="uptime_seconds": )[\d.]+', "N"),
+        (r'(?<="last_seq": )\d+', "N"),
+        (r"(?m)^id: \d+", "id: N"),
+        (r"(twice|batch|same)-\d+", "ID"),
+    ):
+        text = re.sub(changing, constant, text)
+    lines = text.strip("\n").split("\n")
+    measured = ("Throughput", "Latency", "Publisher", '{"topics"')
+    return [re.sub(r"[\d.]+", "N", each) if each.startswith(measured) else each for each in lines]
+
+
+class Laboratory:
+    """A folder with the project in it and a service, where samples are run as they are printed."""
+
+    def __init__(self, folder: Path, service: Process) -> None:
+        self.service = service
+        self._folder = folder
+        self._second_port = free_port()
+        for name in ("aggregator.py", "publisher.py", "dashboard.html", "openapi.json"):
+            if (HERE / name).exists():
+                (folder / name).symlink_to(HERE / name)
+        python = folder / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+
+    def run(self, block: Block) -> str:
+        """What the block prints."""
+        code = re.sub(r"\b8080\b", str(self.service.port), block.code)
+        code = re.sub(r"\b8081\b", str(self._second_port), code)
+        address = {"AGGREGATOR_URL": f"http://127.0.0.1:{self.service.port}"}
+        done = subprocess.run(
+            ["bash", "-c", code],
+            cwd=self._folder,
+            env=clean_environment(address),
+            stdout=subprocess.PIPE,
+            timeout=3 * PATIENCE_SECONDS,
+            check=False,
+        )
+        return done.stdout.decode()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest_asyncio.fixture
+async def laboratory(tmp_path: Path, process: Callable[..., Awaitable[Process]]) -> Laboratory:
+    """A laboratory whose service has an empty database."""
+    return Laboratory(tmp_path, await process(db=tmp_path / "data" / "dedup.db"))
+
+
+@whole_project
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(path)):
+        if not re.match("https?:", target):
+            name, _, anchor = target.partition("#")
+            there = (path.parent / name).resolve() if name else path
+            assert there.exists(), target
+            assert not anchor or anchor in anchors_of(there), target
+
+
+@whole_project
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_function_that_is_named_exists(path: Path) -> None:
+    modules = [HERE / name for name in ("aggregator.py", "publisher.py", "postgres.py")]
+    code = "".join(module.read_text(encoding="utf-8") for module in modules if module.exists())
+    for name in re.findall(r"`(?:\w+\.)*(\w+)\(\)`", prose_of(path)):
         assert re.search(rf"\b(def|class) {name}\b", code), name
+
+
+@needs_readme
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_block_can_be_parsed(path: Path) -> None:
+    for block in blocks_of(path):
+        assert block.language in LANGUAGES, block
+        if block.language == "python":
+            compile(block.code, path.name, "exec")
+        elif block.language == "json":
+            json.loads(block.code)
+        elif block.language == "ini":
+            configparser.ConfigParser(strict=False).read_string(block.code)
+        elif block.language == "sh" and shutil.which("bash"):
+            check = ["bash", "-n", "-c", block.code]
+            done = subprocess.run(check, capture_output=True, check=False)
+            assert not done.returncode and not done.stderr, (block, done.stderr)
+            for script in re.findall(r"<<'EOF'\n(.*?)^EOF$", block.code, re.M | re.S):
+                compile(script, path.name, "exec")
+
+
+@needs_readme
+def test_commands_ask_for_paths_that_exist(tmp_path: Path) -> None:
+    app = create_app(Settings(db=str(tmp_path / "events.db")))
+    app[aggregator.STORE_KEY].close()
+    paths = {resource.canonical for resource in app.router.resources()} | {""}
+    for block in itertools.chain.from_iterable(map(blocks_of, TEXTS)):
+        for path in re.findall(r"(?:localhost|127\.0\.0\.1):808[01](/\w*)?", block.code):
+            assert path in paths, (path, block)
+
+
+@needs_readme
+@needs_publisher
+def test_commands_use_flags_that_exist() -> None:
+    known = {}
+    for program in ("aggregator.py", "publisher.py"):
+        command = [sys.executable, str(HERE / program), "--help"]
+        known[program] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for block in itertools.chain.from_iterable(map(blocks_of, TEXTS)):
+        for program, arguments in re.findall(r"(\w+\.py)((?: [^|&;\n]+)?)", block.code):
+            for flag in re.findall(r"(?<= )--[a-z-]+", arguments):
+                assert program not in known or flag in known[program], (flag, block)
+
+
+@needs_curl
+@needs_publisher
+async def test_the_readme_prints_what_is_answered(laboratory: Laboratory) -> None:
+    compared = 0
+    for block in blocks_of(README):
+        if block.language == "sh" and block.printed is not None:
+            assert plain(laboratory.run(block)) == plain(block.printed), block.code
+            compared += 1
+    assert compared >= 12, "the samples are not where this test looks for them"
+    log = plain(laboratory.service.log())
+    samples = [each for each in blocks_of(README) if " - aggregator" in each.code]
+    assert len(samples) == 2, "of the start, and of an event and its duplicate"
+    for sample in samples:
+        assert sample.language == "text"
+        for line in plain(sample.code):
+            assert line in log
+
+
+@needs_curl
+@pytest.mark.parametrize(
+    "text, heading, tools",
+    [
+        ("experiments.md", "1. Send an event twice", []),
+        ("experiments.md", "2. A duplicate inside one batch", []),
+        ("experiments.md", "3. The same id on two topics", []),
+        ("experiments.md", "4. Fifty publishers with the same ids at once", ["python3"]),
+        ("operations.md", "Restore", []),
+        ("operations.md", "CloudEvents", ["jq"]),
+    ],
+)
+async def test_docs_print_what_is_answered(
+    laboratory: Laboratory, text: str, heading: str, tools: list[str]
+) -> None:
+    if not all(map(shutil.which, tools)):
+        pytest.skip(f"needs {tools}")
+    compared = 0
+    for block in blocks_of(HERE / "docs" / text):
+        if block.heading == heading and block.printed is not None:
+            assert plain(laboratory.run(block)) == plain(block.printed), block.code
+            compared += 1
+    assert compared, "there is no such sample"
+
+
+@needs_readme
+async def test_all_printed_json_has_the_shape_of_an_answer(
+    service: InProcess, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = [await service.publish(event())]
+    for path in ("/stats", "/topics", "/events", "/health", "/nowhere"):
+        answers.append(await service.ask("GET", path))
+    disk.error = aggregator.Unavailable("database or disk is full")
+    answers.append(await service.publish(event()))
+    answers.append(await service.ask("GET", "/health"))
+    caplog.clear()
+    shapes = {tuple(answer.document) for answer in answers} | {tuple(event())}
+    shapes |= {tuple(entry) for entry in answers[2].document["topics"]}
+    printed = 0
+    for block in itertools.chain.from_iterable(map(blocks_of, TEXTS)):
+        for line in (block.printed or "").splitlines():
+            if line.startswith('{"'):
+                document, _ = json.JSONDecoder().raw_decode(line)
+                assert tuple(document) in shapes, line
+                printed += 1
+    assert printed > 12
+
+
+@whole_project
+def test_the_settings_table_is_the_settings() -> None:
+    found = table_rows(README.read_text(encoding="utf-8"), "flag")
+    (environment,) = re.findall(r"(?m)^ENV (HOST.*)", dockerfile())
+    in_the_image = dict(re.findall(r"(\w+)=(\S+)", environment))
+    assert len(found) == len(dataclasses.fields(Settings))
+    for (flag, variable, default, _), setting in zip(found, dataclasses.fields(Settings)):
+        assert flag == f"`--{setting.name.replace('_', '-')}`"
+        assert variable == f"`{setting.metadata['variable']}`"
+        assert default.replace("`", "").startswith(str(setting.default or "none"))
+        image = re.findall("`([^`]*)` in the image", default)
+        assert image == [in_the_image[name] for name in in_the_image if f"`{name}`" == variable]
+
+
+def dockerfile() -> str:
+    """The Dockerfile with its continued lines joined."""
+    return (HERE / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
+
+
+HEARTBEAT_SECONDS = aggregator.HEARTBEAT_SECONDS  # as it is before a fixture changes it
+IN_WORDS = {2: "two"}
+NUMBERS = [  # the text, and what it says
+    ("README.md", f"1 to {aggregator.MAX_NAME_CHARACTERS} characters"),
+    ("README.md", f"more than {aggregator.MAX_NESTING} levels deep"),
+    ("README.md", f"at most {aggregator.MAX_ERRORS} "),
+    ("README.md", f"did not arrive within {aggregator.BODY_SECONDS:.0f} s"),
+    ("README.md", f"a body has {aggregator.BODY_SECONDS:.0f} s to arrive"),
+    ("README.md", f"takes nothing for {aggregator.READER_SECONDS:.0f} s"),
+    ("README.md", f"closed after {aggregator.KEEPALIVE_SECONDS:.0f} s"),
+    ("README.md", f"After {HEARTBEAT_SECONDS:.0f} s without an event"),
+    ("README.md", f"hold at most {aggregator.READERS_BYTES // aggregator.MIB} MiB"),
+    ("README.md", f"to {aggregator.OPEN_FILES:,} where the system allows it"),
+    ("README.md", f"{aggregator.PAGE_EVENTS} events or {aggregator.PAGE_BYTES // 1024} KiB"),
+    ("README.md", f"about {aggregator.CHECKPOINT_PAGES * 4096 // 10**7}0 MB"),
+    ("README.md", f"for more than {IN_WORDS[int(aggregator.BUSY_SECONDS)]} seconds"),
+    ("README.md", f"a database log over {aggregator.WARN_LOG_BYTES // 10**9} GB"),
+    ("README.md", "with SQLite 3.38 or newer"),  # check_sqlite_version has a test of its own
+    ("docs/operations.md", f"larger than {aggregator.WARN_LOG_BYTES // 10**9} GB"),
+    ("docs/operations.md", f"longer than about {aggregator.CHECKPOINT_PAGES * 4096 // 10**7}0 MB"),
+    ("docs/operations.md", f"comment every {HEARTBEAT_SECONDS:.0f} s"),
+    ("docs/operations.md", f"closes it after {aggregator.KEEPALIVE_SECONDS:.0f} s"),
+]
+
+
+@needs_readme
+@pytest.mark.parametrize("text, phrase", NUMBERS, ids=[phrase for _, phrase in NUMBERS])
+def test_numbers_in_the_texts_are_the_constants(text: str, phrase: str) -> None:
+    assert phrase in (HERE / text).read_text(encoding="utf-8")
+
+
+@needs_readme
+async def test_the_table_of_422_lists_all_errors(service: InProcess) -> None:
+    bad_bodies: list[Any] = [
+        b"",
+        b"{",
+        [],
+        {"events": {}},
+        [1],
+        [
+            event(source=ABSENT),
+            event(topic=1, event_id="", source=" "),
+            event(topic="x" * 513, event_id="a\nb", source="\ud800"),
+            event(timestamp=1),
+            event(timestamp="yesterday"),
+            event(payload=[]),
+            event(payload={"n": math.inf}),
+        ],
+    ]
+    entries: list[dict[str, Any]] = []
+    for body in bad_bodies:
+        entries += (await service.publish(body)).detail(422)
+    for query in ({"limit": "x"}, {"limit": "0"}, {"after": "1"}, {"offset": "1"}):
+        entries += (await service.ask("GET", "/events", **query)).detail(422)
+    real = {(each["type"], without_numbers(each["msg"])) for each in entries}
+    rows_of_it = table_rows(README.read_text(encoding="utf-8"), "`type`")
+    assert {(kind.strip("`"), without_numbers(message)) for kind, _, message in rows_of_it} == real
+
+
+def without_numbers(message: str) -> str:
+    """A message without its numbers, and without the reason why a timestamp is refused."""
+    text = re.sub(r"\d+", "N", message)
+    return re.sub("(?<=valid datetime, ).*", "…", text)
+
+
+@needs_readme
+def test_the_table_of_refusals_lists_every_status() -> None:
+    code = (HERE / "aggregator.py").read_text(encoding="utf-8")
+    real = {int(status) for status in re.findall(r"Refused\(\s*(\d{3})", code)} | {404, 405}
+    real.remove(500)  # a fault of ours, for nothing that a client sends
+    listed = table_rows(README.read_text(encoding="utf-8"), "status")
+    assert {int(each) for row in listed for each in row[0].split(", ")} == real
+
+
+FROM_ELSEWHERE = (  # what Python, SQLite and the system say
+    "ModuleNotFoundError: No module named 'aiohttp'",
+    "Address already in use",
+    "unable to open database file",
+    "readonly database",
+    "file is not a database",
+    "database is locked",
+    "database or disk is full",
+)
+
+
+@needs_readme
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    code = (HERE / "aggregator.py").read_text(encoding="utf-8")
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # strings that go on in the next line
+    for seen, *_ in table_rows(README.read_text(encoding="utf-8"), "what you see"):
+        for quoted in re.findall("`([^`]*[ _][^`]*)`", seen):
+            for part in re.split(r"\s*…:?\s*|3\.x", quoted):
+                assert part.strip(" :") in code + "".join(FROM_ELSEWHERE), quoted
+
+
+@needs_readme
+async def test_metrics_that_are_named_exist(service: InProcess) -> None:
+    await service.ask("GET", "/nowhere")
+    real = (await service.ask("GET", "/metrics")).body.decode()
+    for path in TEXTS:
+        for name in re.findall(r"\baggregator_\w+", path.read_text(encoding="utf-8")):
+            assert re.search(rf"(?m)^{name}\b", real) or f" {name} " in real, name
+    operations = (HERE / "docs" / "operations.md").read_text(encoding="utf-8")
+    listed = [name.strip("`") for name, _ in table_rows(operations, "metric")]
+    assert sorted(listed) == sorted(re.findall("(?m)^# TYPE (\\w+)", real))
+
+
+@whole_project
+async def test_the_image_asks_health_and_no_proxy(
+    process: Callable[..., Awaitable[Process]], tmp_path: Path
+) -> None:
+    compose = (HERE / "docker-compose.yml").read_text(encoding="utf-8")
+    assert "test:" not in compose, "there is one health check, the image's"
+    (healthcheck,) = re.findall(r"(?m)^HEALTHCHECK .* CMD (\[.*\])$", dockerfile())
+    command = json.loads(healthcheck)
+    assert command[0] == "python"
+    folder = tmp_path / "another"
+    services = [await process(), await process("--host", "::", db=folder / "events.db")]
+
+    def check(port: int) -> int:
+        environment = clean_environment({"PORT": str(port), "HTTP_PROXY": "http://127.0.0.1:9"})
+        return subprocess.run(
+            [sys.executable, *command[1:]], env=environment, stderr=subprocess.DEVNULL, check=False
+        ).returncode
+
+    for service in services:
+        assert check(service.port) == 0
+        service.db.unlink()
+        await until(lambda: check(service.port) == 1)
+    assert check(free_port()) != 0
