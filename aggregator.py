@@ -145,6 +145,7 @@ MAX_GROUP_BYTES = MIB // 2  # of bodies in a commit: more make it longer, but ha
 BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refused
 OPEN_SECONDS = 10.0  # the same at the start, when several processes may be making the file
 WATCH_SECONDS = 1.0  # between two looks for commits of other processes, and between two probes
+PROBE_BYTES = 64 * 1024  # at least; on a nearly full disk, small commits work and large ones fail
 CHECKPOINT_PAGES = 32_000  # 128 MB of log: a page that many groups changed is moved only once
 CHECKPOINT_REST_PAGES = 1_000  # left for the writer to move, between two commits: some 5 ms
 CHECKPOINT_RETRY_PAGES = CHECKPOINT_PAGES // 4  # the log may grow by so many until the next try
@@ -649,6 +650,8 @@ SCHEMA = f"""
     INSERT INTO topics (id, name, received, duplicates)  -- version 1 had no such row
     SELECT 0, '', ifnull(sum(received), 0), ifnull(sum(duplicates), 0) FROM topics WHERE true
     ON CONFLICT (id) DO NOTHING;
+    -- For trying whether commits work again.
+    CREATE TABLE IF NOT EXISTS probe (padding BLOB);
     PRAGMA application_id = {APPLICATION_ID};
     PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
@@ -707,7 +710,8 @@ GROUP_TRIGGER = """
 """
 COMMIT_GROUP = "INSERT INTO arrivals VALUES (CAST(? AS TEXT), ?)"  # bytes, to text, in SQLite
 GROUP_OUTCOME = "SELECT first, positions FROM outcome"
-PROBE = f"PRAGMA user_version = {SCHEMA_VERSION}"  # it changes nothing, and is written all the same
+PROBE = "INSERT INTO probe VALUES (zeroblob(?))"
+CLEAR_PROBE = "DELETE FROM probe"
 CHECKPOINT = "PRAGMA wal_checkpoint(PASSIVE)"  # moves what it can without holding anybody up
 LAST_SEQ = "SELECT ifnull(max(seq), 0) FROM events"
 TOTALS = "SELECT received, received - duplicates, duplicates FROM topics WHERE id = 0"
@@ -786,6 +790,7 @@ class SqliteStore:
         # them can do is to wake the live feeds for nothing.
         self._known_seq = 0  # the highest seq that this process knows of
         self._others_stored = False  # another process has, since `changed` last looked
+        self._probe_bytes = PROBE_BYTES  # as many as the largest group that has failed
         self._closing = threading.Event()
         try:
             check_sqlite_version()
@@ -848,13 +853,14 @@ class SqliteStore:
         """Stores a group in one transaction, and lets the checkpoints do their part around it."""
         started = time.perf_counter()
         topics = list(itertools.chain.from_iterable(batch.topics for batch in batches))
+        texts = [batch.text for batch in batches]
         is_new = bytearray(len(topics))
         if self._gone:
             raise Unavailable(self._gone)
         self._checkpoints.take_last_step(self._writer)
         try:
             if topics:
-                rows = b"[%b]" % b",".join(batch.text for batch in batches)
+                rows = b"[%b]" % b",".join(texts)
                 counts = Counter(topics)
                 counts[""] = len(topics)
                 self._writer.execute(COMMIT_GROUP, [rows, json.dumps(counts)])
@@ -863,9 +869,12 @@ class SqliteStore:
                     is_new[position] = 1
                 self._notice(first, is_new)
             else:
-                self._writer.execute(PROBE)
+                self._writer.execute(PROBE, [self._probe_bytes])
+                self._writer.execute(CLEAR_PROBE)
         except sqlite3.Error as why:
+            self._probe_bytes = max(self._probe_bytes, PROBE_BYTES + sum(map(len, texts)))
             raise store_error(why) from why
+        self._probe_bytes = PROBE_BYTES
         self._check_file()  # after the commit: what went into a file that is gone is not stored
         self._checkpoints.begin_if_due()
         return Outcome(is_new, time.perf_counter() - started)
@@ -1277,7 +1286,7 @@ class Health:
 
 COMMITS = "Commits"  # what Health knows of
 READS = "Reads"
-NEWS = "Looks for news"
+NEWS = "Checks of the database"
 
 
 class GroupCommit:

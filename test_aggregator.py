@@ -5070,9 +5070,9 @@ NUMBERS = [  # the text, and what it says
     ("README.md", f"{aggregator.PAGE_EVENTS} events or {aggregator.PAGE_BYTES // 1024} KiB"),
     ("README.md", f"about {aggregator.CHECKPOINT_PAGES * 4096 // 10**7}0 MB"),
     ("README.md", f"for more than {IN_WORDS[int(aggregator.BUSY_SECONDS)]} seconds"),
-    ("README.md", f"a database log over {aggregator.WARN_LOG_BYTES // 10**9} GB"),
+    ("README.md", f"a database log over {aggregator.WARN_WAL_BYTES // 10**9} GB"),
     ("README.md", "with SQLite 3.38 or newer"),  # check_sqlite_version has a test of its own
-    ("docs/operations.md", f"larger than {aggregator.WARN_LOG_BYTES // 10**9} GB"),
+    ("docs/operations.md", f"larger than {aggregator.WARN_WAL_BYTES // 10**9} GB"),
     ("docs/operations.md", f"longer than about {aggregator.CHECKPOINT_PAGES * 4096 // 10**7}0 MB"),
     ("docs/operations.md", f"comment every {HEARTBEAT_SECONDS:.0f} s"),
     ("docs/operations.md", f"closes it after {aggregator.KEEPALIVE_SECONDS:.0f} s"),
