@@ -86,6 +86,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta
 from operator import itemgetter
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
 from aiohttp import StreamReader, web
@@ -814,6 +815,8 @@ class SqliteStore:
         self._watcher.execute("PRAGMA query_only = ON")
         (self._known_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
         self._checkpoints = Checkpoints(self._connect(), self._wal_path)
+        for connection in self._connections:
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
 
     def _make_tables(self) -> None:
         """Makes the tables where they are missing; waits for others who are at it just now."""
@@ -835,7 +838,7 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         """A connection without transactions of its own making, for any one thread at a time."""
         connection = sqlite3.connect(
-            self.location, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            self.location, timeout=OPEN_SECONDS, isolation_level=None, check_same_thread=False
         )
         self._connections.append(connection)
         connection.executescript(PRAGMAS)
@@ -1042,40 +1045,44 @@ class Checkpoints:
             self._is_due.wait()
             if self._is_closing:
                 return
+            rest: int | None = 0
             for _ in range(CHECKPOINT_ROUNDS):
                 rest = self._move(self._connection)
-                if rest <= CHECKPOINT_REST_PAGES or self._is_failing:
+                if rest is None or rest <= CHECKPOINT_REST_PAGES:
                     break
-            self._is_last_step = not self._is_failing
+            self._is_last_step = rest is not None
             self._is_due.clear()
             if self._is_closing:  # `close` may have set the event just before it was cleared
                 return
 
-    def _move(self, connection: sqlite3.Connection) -> int:
-        """Moves what nobody needs in the log; returns how many pages are left, 0 if it could not.
+    def _move(self, connection: sqlite3.Connection) -> int | None:
+        """Moves what nobody needs in the log; returns how many pages are left, None if it failed.
 
         It sets the next mark, so that a checkpoint that is held up is not tried at each commit.
         """
         try:
             is_busy, pages, moved = connection.execute(CHECKPOINT).fetchone()
         except sqlite3.Error as why:
-            if self._is_closing:
-                return 0
-            self.failed += 1
-            self._due_pages += CHECKPOINT_RETRY_PAGES
-            if not self._is_failing:
-                log.error("Checkpoints fail, so the write-ahead log grows: %s", why)
-            self._is_failing = True
-            return 0
+            if not self._is_closing:
+                self._fail(why)
+            return None
         if is_busy:  # another process is at it
             self._due_pages += CHECKPOINT_RETRY_PAGES
             return 0
-        if self._is_failing:
+        if self._is_failing and pages == moved:  # only then was the database synced
+            self._is_failing = False
             log.warning("Checkpoints work again")
-        self._is_failing = False
         self._due_pages = max(CHECKPOINT_PAGES, pages + CHECKPOINT_RETRY_PAGES)
         self._warn(pages)
         return int(pages - moved)
+
+    def _fail(self, why: sqlite3.Error) -> None:
+        """Counts a checkpoint that failed, and says it once."""
+        self.failed += 1
+        self._due_pages += CHECKPOINT_RETRY_PAGES
+        if not self._is_failing:
+            log.error("Checkpoints fail, so the write-ahead log grows: %s", why)
+        self._is_failing = True
 
     def _warn(self, pages: int) -> None:
         """Says once that the log has become very long."""
@@ -1146,16 +1153,28 @@ def check_is_ours(path: str) -> None:
     """
     if size_of(path) == 0:
         return
-    with contextlib.closing(
-        sqlite3.connect(Path(path).as_uri() + "?mode=ro", uri=True, timeout=OPEN_SECONDS)
-    ) as connection:
-        application, version, tables, *columns = connection.execute(FILE_MARKS).fetchone()
+    try:
+        application, version, tables, *columns = read_marks(path, "mode=ro")
+    except sqlite3.OperationalError as why:
+        # A crash left a journal, which must not be rolled back before we know whose file it is.
+        if why.sqlite_errorcode & PRIMARY_CODE != sqlite3.SQLITE_READONLY:
+            raise
+        application, version, tables, *columns = read_marks(path, "mode=ro&immutable=1")
     if application == APPLICATION_ID and version > SCHEMA_VERSION:
         raise StoreError("a newer version of this service made it; use that version")
     is_new = (application, version, tables) == (0, 0, 0)
     is_ours = application == APPLICATION_ID or (application, version) == VERSION_1
     if not is_new and not (is_ours and tuple(columns) == OUR_COLUMNS):
         raise StoreError("it belongs to another program; name another file")
+
+
+def read_marks(path: str, options: str) -> tuple[Any, ...]:
+    """The FILE_MARKS of a file that is there; raises sqlite3.Error."""
+    address = f"{Path(path).as_uri()}?{options}"
+    connection = sqlite3.connect(address, uri=True, timeout=OPEN_SECONDS)
+    with contextlib.closing(connection):
+        marks: tuple[Any, ...] = connection.execute(FILE_MARKS).fetchone()
+        return marks
 
 
 def file_id(path: str) -> tuple[int, int] | None:
@@ -1544,52 +1563,62 @@ FEED_HEADERS = {
 }
 
 
-# A time of the event loop that is long past: it ends a time limit at once, and shows later that
-# the limit was cut short.
-HURRIED = 0.0
+class TimeLimit:
+    """A time limit for a client that keeps room in memory, as a context manager.
 
+    The block ends with TimeoutError after so many seconds, or when the limit is hurried.
+    """
 
-class TimeLimit(NamedTuple):
-    """A client that keeps room in memory, and until when it may."""
+    def __init__(self, limits: set[TimeLimit], seconds: float, progress: Callable[[], int]) -> None:
+        self.is_hurried = False
+        self.since = asyncio.get_running_loop().time()
+        self.progress = progress  # bytes that have arrived since then
+        self._limits = limits
+        self._timeout = asyncio.timeout(seconds)
 
-    timeout: asyncio.Timeout
-    since: float
-    progress: Callable[[], int]  # bytes that have arrived since then
+    async def __aenter__(self) -> Self:
+        self._limits.add(self)
+        await self._timeout.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._limits.remove(self)
+        await self._timeout.__aexit__(kind, error, traceback)
+
+    def hurry(self) -> None:
+        """Ends the time now."""
+        if not self._timeout.expired():
+            self.is_hurried = True
+            self._timeout.reschedule(asyncio.get_running_loop().time())
 
 
 class TimeLimits:
-    """Time limits for clients that keep room in memory; they are cut short where it is needed."""
+    """The time limits of many clients; they are cut short where their room is needed."""
 
     def __init__(self) -> None:
         self._limits: set[TimeLimit] = set()
 
-    @contextlib.asynccontextmanager
-    async def limit(
-        self, seconds: float, progress: Callable[[], int] = lambda: 0
-    ) -> AsyncIterator[asyncio.Timeout]:
-        """The block ends with TimeoutError after so many seconds, or when it is hurried."""
-        async with asyncio.timeout(seconds) as timeout:
-            limit = TimeLimit(timeout, asyncio.get_running_loop().time(), progress)
-            self._limits.add(limit)
-            try:
-                yield timeout
-            finally:
-                self._limits.remove(limit)
+    def limit(self, seconds: float, progress: Callable[[], int] = lambda: 0) -> TimeLimit:
+        """A new limit, for an `async with`."""
+        return TimeLimit(self._limits, seconds, progress)
 
     def hurry(self, seconds: float, bytes_per_second: int) -> None:
         """Ends the limits that have been running for so long, with less progress than that."""
         now = asyncio.get_running_loop().time()
         for limit in self._limits:
             age = now - limit.since
-            is_slow = limit.progress() <= age * bytes_per_second
-            if age >= seconds and is_slow and not limit.timeout.expired():
-                limit.timeout.reschedule(HURRIED)
+            if age >= seconds and limit.progress() <= age * bytes_per_second:
+                limit.hurry()
 
     def end(self) -> None:
         """Ends them all."""
         for limit in self._limits:
-            if not limit.timeout.expired():
-                limit.timeout.reschedule(HURRIED)
+            limit.hurry()
 
 
 class Admission:
@@ -1645,15 +1674,23 @@ class ReadersRoom:
         self._holders: Counter[int] = Counter()  # of each piece, as readers may share one
         self._has_changed = asyncio.Event()
 
-    async def wait(self) -> int:
-        """Waits until there is room for a page; returns how many bytes it may have."""
-        while self._held_bytes >= READERS_BYTES:
+    @property
+    def is_full(self) -> bool:
+        """Whether no large page may be read now."""
+        return self._held_bytes >= READERS_BYTES
+
+    def page_bytes(self) -> int:
+        """How many bytes the next page may have; the last event of a page may go beyond it."""
+        share = (READERS_BYTES - self._held_bytes) // READERS_SHARES
+        return max(1, min(PAGE_BYTES, share))
+
+    async def wait(self) -> None:
+        """Waits until it is not full any more."""
+        while self.is_full:
             self.taking.hurry(STUCK_SECONDS, 0)
             self._has_changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._has_changed.wait(), ROOM_SECONDS)
-        share = (READERS_BYTES - self._held_bytes) // READERS_SHARES
-        return max(1, min(PAGE_BYTES, share))
 
     @contextlib.contextmanager
     def holding(self, piece: bytes) -> Iterator[None]:
@@ -1725,7 +1762,8 @@ class Api:
         self._idle_subscribers = 0  # those that wait for the next event
         self._room = ReadersRoom()
         self._failed_read: Callable[[], object] | None = None  # the last one, until it works
-        self._turn = asyncio.Lock()  # one reads at a time, so that the room holds
+        self._turn = asyncio.Lock()  # one page is read at a time, so that the room holds
+        self._large_turn = asyncio.Lock()  # the same for pages that wait for room
         self._pages: dict[Place, asyncio.Task[Page]] = {}  # that are being read now
         self._dashboard = read_beside("dashboard.html")
         self._openapi = read_beside("openapi.json")
@@ -1853,9 +1891,9 @@ class Api:
     async def _receive(self, content: StreamReader, share: Share) -> bytes:
         """The body, or the beginning of one that is too large; raises Refused (408, 503)."""
         body = bytearray()
-        timeout: asyncio.Timeout | None = None
+        limit = self._admission.arriving.limit(BODY_SECONDS, lambda: len(body))
         try:
-            async with self._admission.arriving.limit(BODY_SECONDS, lambda: len(body)) as timeout:
+            async with limit:
                 while len(body) <= self._settings.max_body_bytes:
                     piece = await content.readany()
                     if not piece:
@@ -1863,7 +1901,7 @@ class Api:
                     share.grow(len(piece))
                     body += piece
         except TimeoutError:
-            if timeout is not None and timeout.when() == HURRIED:
+            if limit.is_hurried:
                 raise unavailable("The service is stopping, or too busy for a slow body") from None
             raise Refused(408, f"The body did not arrive in {BODY_SECONDS:.0f} s") from None
         return bytes(body)
@@ -2023,7 +2061,7 @@ class Api:
         reading = self._pages.get(place)
         if reading is None:
             read = functools.partial(self._store.page, form, topic, after, upto, limit)
-            reading = asyncio.create_task(self._read_within_room(read))
+            reading = asyncio.create_task(self._read_page(read))
             self._pages[place] = reading
             reading.add_done_callback(lambda done: self._forget(place, done))
         return await asyncio.shield(reading)  # who leaves does not take the page from the others
@@ -2093,7 +2131,7 @@ class Api:
             return self._store.topics(after, min(limit, max(1, most_bytes // TOPIC_BYTES)))
 
         while limit > 0:
-            page = await self._read_within_room(read)
+            page = await self._read(read, self._room.page_bytes())
             if not page:
                 break
             yield page
@@ -2129,10 +2167,19 @@ class Api:
                 if self._failed_read is None:
                     self._health.works(READS)
 
-    async def _read_within_room(self, query: Callable[[int], T]) -> T:
-        """Runs a query when there is room for its page; it is told how many bytes it may have."""
+    async def _read_page(self, query: Callable[[int], Page]) -> Page:
+        """Runs a query for a page; it is told how many bytes it may have.
+
+        Where there is no room, a page with a large event has to wait; all others go on.
+        """
         async with self._turn:
-            return await self._read(query, await self._room.wait())
+            page = await self._read(query, self._room.page_bytes())
+            if len(page.text) <= PAGE_BYTES or not self._room.is_full:
+                return page
+        del page
+        async with self._large_turn:
+            await self._room.wait()
+            return await self._read(query, self._room.page_bytes())
 
     async def _stream(
         self,
