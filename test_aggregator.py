@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import base64
 import configparser
 import contextlib
 import dataclasses
@@ -20,6 +21,7 @@ import email.utils
 import functools
 import gc
 import gzip
+import hashlib
 import inspect
 import io
 import itertools
@@ -41,6 +43,7 @@ import time
 import tracemalloc
 import unicodedata
 import urllib.parse
+import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -2024,6 +2027,663 @@ async def test_a_browser_gets_a_page_that_fetches_nothing_from_elsewhere(
     for accept in "*/*", "application/json":
         answer = await service.ask("GET", "/", headers={"Accept": accept})
         assert answer.document["status"] == "running"
+
+
+# --- The page ----------------------------------------------------------------------------------
+# It is run in a real browser, headless, over the DevTools protocol: JSON messages on a WebSocket.
+# Every test with a browser also checks what the page asked for and that its console is empty.
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--remote-debugging-port=0",  # any free one
+    "--no-sandbox",  # which does not work for root, and in most containers
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",  # and all else that would go to the Internet
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+]
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium and no google-chrome")
+# Runs before the page's own script: its timers are ten times as fast, and what moves is noted.
+BEFORE_THE_PAGE = """
+    var slowly = setTimeout;
+    window.setTimeout = (callback, milliseconds) => slowly(callback, milliseconds / 10);
+    var moves = [];
+    new PerformanceObserver((list) => moves.push(...list.getEntries())).observe(
+        { type: "layout-shift", buffered: true });
+"""
+SHOWS = "document.getElementById('%s').innerText.includes(%s)"
+RED = "rgb(179, 32, 42)"
+HOSTILE = (
+    '<img src="/x" onerror="hacked=1"><script>hacked=1</script>'
+    "</li></ol></pre><b>&lt;&amp;'\"`${hacked=1}"
+    "\u202e\u2067\u05d0 \u200f%s\\"
+)
+
+
+class Tab:
+    """The browser's tab. Each service has a port of its own, and so its page has a storage."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._calls = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.paused: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # answers that are held up
+        self.requests: list[str] = []  # addresses that the page asked for
+        self.complaints: list[dict[str, Any]] = []  # what the console would show
+
+    async def listen(self) -> None:
+        """Takes in all that the browser says, until it is cancelled."""
+        async for message in self._socket:
+            said = json.loads(message.data)
+            if "id" in said:
+                self._answers.pop(said["id"]).set_result(said)
+                continue
+            method = said["method"]
+            if method == "Network.requestWillBeSent":
+                self.requests.append(said["params"]["request"]["url"])
+            elif method == "Fetch.requestPaused":
+                self.paused.put_nowait(said["params"])
+            elif method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
+                self.complaints.append(said)
+            elif method == "Log.entryAdded" and said["params"]["entry"]["source"] != "network":
+                self.complaints.append(said)  # "network" is a status such as 503, and no fault
+
+    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Calls a method of the DevTools protocol; returns its result."""
+        number = next(self._calls)
+        answer = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        await self._socket.send_json({"id": number, "method": method, "params": parameters})
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            said: dict[str, dict[str, Any]] = await answer
+        assert "result" in said, said
+        return said["result"]
+
+    async def open(self, url: str) -> None:
+        """Goes there, in a window that is as large as that of a usual notebook."""
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            await self.call(f"{domain}.enable")
+        await self.resize(1366, 650)
+        await self.call("Page.addScriptToEvaluateOnNewDocument", source=BEFORE_THE_PAGE)
+        await self.call("Page.navigate", url=url)
+        await until(lambda: self.run(f"document.readyState + location.href === 'complete{url}'"))
+
+    async def resize(self, width: int, height: int) -> None:
+        await self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+
+    async def run(self, script: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        done = await self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in done, done["exceptionDetails"]
+        return done["result"].get("value")
+
+    async def text(self, element: str) -> str:
+        """The text of the element with this id, as a reader sees it."""
+        shown: str = await self.run(f"document.getElementById({element!r}).innerText")
+        return shown
+
+    async def texts(self, selector: str) -> list[str]:
+        """The whole texts of all elements for a CSS selector, in the order of the page."""
+        found = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        texts: list[str] = await self.run(f"{found}.map((each) => each.textContent)")
+        return texts
+
+    async def shows(self, element: str, text: str) -> None:
+        """Waits until the element with this id shows this text."""
+        try:
+            await until(lambda: self.run(SHOWS % (element, json.dumps(text))))
+        except AssertionError:
+            raise AssertionError(f"not {text!r} but {await self.text(element)!r}") from None
+
+    async def fill(self, **fields: str) -> None:
+        """Types into fields: event_id is the field with the id event-id."""
+        for name, value in fields.items():
+            element = name.replace("_", "-")
+            await self.run(f"document.getElementById({element!r}).value = {json.dumps(value)}")
+
+    async def press(self, selector: str) -> None:
+        """Clicks on the first element for a CSS selector."""
+        await self.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+    async def event_ids(self) -> list[str]:
+        """The ids in the list of newest events, the newest first."""
+        return await self.texts("#events code bdi")
+
+    async def topics(self) -> list[list[str]]:
+        """The rows of the table of topics."""
+        cells = iter(await self.texts("#topics td"))
+        return [list(row) for row in zip(cells, cells, cells, cells, strict=True)]
+
+    async def card(self, number: int) -> Card:
+        """A card with a chart, as a reader sees it."""
+        text = await self.run(f"document.getElementById('cards').children[{number}].innerText")
+        return Card(*text.split("\n"))
+
+    async def polled(self, times: int) -> None:
+        """Waits until it has asked for figures so many times more."""
+        await self.run(f"window.pollsBefore = polls.length + {times}")
+        await until(lambda: self.run("polls.length >= pollsBefore"))
+
+
+class Card(NamedTuple):
+    """The lines of a card, from the top."""
+
+    title: str
+    figure: str
+    readout: str
+    top: str  # of the scale
+    zero: str
+    left: str  # of the axis
+    right: str
+    note: str
+
+
+async def becomes(expected: Any, probe: Callable[[], Awaitable[Any]]) -> None:
+    """Waits until the probe gives what is expected."""
+
+    async def is_so() -> bool:
+        return bool(await probe() == expected)
+
+    with contextlib.suppress(AssertionError):
+        await until(is_so)
+    assert await probe() == expected
+
+
+OpenPage = Callable[[Service], Awaitable[Tab]]
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A headless browser; the address of the WebSocket of its tab."""
+    assert CHROMIUM is not None
+    profile = tmp_path_factory.mktemp("chromium")
+    arguments = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "about:blank"]
+    log = (profile / "log").open("wb")
+    process = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+    try:
+        place = profile / "DevToolsActivePort"  # its port and path, a line each
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not place.exists() or place.read_text().count("\n") < 1:
+            assert process.poll() is None and time.monotonic() < deadline, "it does not start"
+            time.sleep(0.01)
+        port, _ = place.read_text().split()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+            (tab,) = [each for each in json.load(answer) if each["type"] == "page"]
+        yield tab["webSocketDebuggerUrl"]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # it has children of its own
+        process.wait()
+        log.close()
+
+
+@pytest_asyncio.fixture
+async def open_page(chromium: str) -> AsyncIterator[OpenPage]:
+    """Opens the page of a service; afterwards, checks what no test may bring about."""
+    urls: list[str] = []
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(chromium, max_msg_size=0) as socket,
+    ):
+        tab = Tab(socket)
+
+        async def open_page(service: Service) -> Tab:
+            urls.append(f"{service.url}/")
+            await tab.open(urls[-1])
+            return tab
+
+        listener = asyncio.create_task(tab.listen())
+        yield open_page
+        hacked = await tab.run("typeof hacked !== 'undefined'")
+        await tab.call("Page.navigate", url="about:blank")
+        listener.cancel()
+    assert not hacked
+    assert tab.complaints == [], "the console is empty"
+    elsewhere = [each for each in tab.requests if not each.startswith(tuple(urls))]
+    assert set(elsewhere) <= {"data:,"}, "the icon is empty"
+
+
+def test_the_policy_of_the_page_allows_its_own_script_and_style_and_no_others() -> None:
+    page = (HERE / "dashboard.html").read_text(encoding="utf-8")
+    found = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    assert found
+    assert found.start() < min(page.index("<script>"), page.index("<style>"))
+    policy = dict(each.split(" ", 1) for each in found[1].split("; "))
+    for tag in "script", "style":
+        (text,) = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
+    assert policy == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+
+
+@needs_browser
+async def test_the_page_shows_counters_topics_and_the_newest_events(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    await service.publish(numbered(range(40)))
+    await service.publish(numbered(range(10)))
+    await service.publish(numbered([1], topic="other"))
+    await service.publish({})
+    tab = await open_page(service)
+    await tab.shows("state", "Live.")
+    await becomes([["order.created", "50", "40", "10"], ["other", "1", "1", "0"]], tab.topics)
+    newest = ["1", *map(str, range(39, 10, -1))]
+    await becomes(newest, tab.event_ids)
+    received, unique, duplicates, refused = [await tab.card(number) for number in range(4)]
+    assert (received.title, received.figure) == ("Received", "51")
+    assert (unique.title, unique.figure) == ("Unique", "41")
+    assert (duplicates.title, duplicates.figure) == ("Duplicates", "10")
+    assert duplicates.note == "19.6% of received"
+    assert (refused.title, refused.figure, refused.note) == ("Refused", "1", "1 × 422")
+
+    await service.publish(numbered([100], payload={"id": 12345678901234567890, "float": 1.0}))
+    await tab.shows("events", '{"id":12345678901234567890,"float":1.0}')
+    assert await tab.event_ids() == ["100", *newest[:-1]]
+    (number,) = await tab.run("[document.querySelector('#events .soft bdi').textContent]")
+    assert number == f"#{(await service.read(tail=1))['last_seq']}"
+    await until(lambda: tab.run("document.querySelector('.figure').innerText === '52'"))
+
+
+@needs_browser
+async def test_the_page_says_what_to_do_where_there_is_nothing_yet(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    tab = await open_page(service)
+    await tab.shows("topics-note", "No topics yet")
+    await tab.shows("newest", "No events yet. Send one with the form here, or run")
+    await service.publish(event())
+    await becomes(["1"], tab.event_ids)
+    assert "No events yet" not in await tab.text("newest")
+
+
+@needs_browser
+async def test_nothing_on_the_page_moves_by_itself_or_is_wider_than_the_window(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    await service.publish(numbered(range(3)))
+    tab = await open_page(service)
+    await tab.polled(4)
+    await tab.run("document.querySelector('main').style.marginTop = '99px'")
+    await until(lambda: tab.run("moves.length && moves.at(-1).startTime > polls.at(-4).time"))
+    late = "moves.filter(({ startTime }) => startTime > polls[0].time).length"
+    assert await tab.run(late) == 1, "nothing but what was moved here, after the first figures"
+    table, card = await tab.run(
+        "['#topics-table', '[aria-labelledby=topics-title]'].map("
+        "(each) => document.querySelector(each).getBoundingClientRect().bottom)"
+    )
+    assert 0 < card - table < 30, "the card is as high as its table"
+    for width in 1366, 900, 390:
+        await tab.resize(width, 650)
+        assert await tab.run("document.documentElement.scrollWidth") <= width
+
+
+@needs_browser
+async def test_hostile_text_stays_text_everywhere_on_the_page(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    tab = await open_page(service)
+    payload = json.dumps({HOSTILE: [HOSTILE]}, ensure_ascii=False, separators=(",", ":"))
+    await tab.fill(topic=HOSTILE, source=HOSTILE, event_id=HOSTILE, payload=payload)
+    await tab.press("#send [type=submit]")
+    await tab.shows("answer", "New: it is stored.")
+    await tab.press("#again")
+    await tab.shows("answer", "A duplicate: it was there already, so this one is dropped.")
+    await tab.fill(find_topic=HOSTILE, find_id=HOSTILE)
+    await tab.press("#find [type=submit]")
+    await tab.shows("found", "It is stored.")
+    await becomes([[HOSTILE, "2", "1", "1"]], tab.topics)
+    await becomes([HOSTILE] * 2, tab.event_ids)
+    assert await tab.texts("#events b bdi") == [HOSTILE] * 2
+    assert await tab.texts("#events .soft bdi:last-child") == [HOSTILE] * 2
+    assert await tab.texts("#events .payload") == [payload] * 2
+    topic, event_id, _, source, found = await tab.texts("#found dd")
+    assert (topic, event_id, source) == (HOSTILE, HOSTILE, HOSTILE)
+    assert json.loads(found) == json.loads(payload)
+    (exchange,) = await tab.texts("#answer pre")
+    assert payload in exchange
+    assert await tab.texts("main img, main script, #events li li, #events b b") == []
+    for isolated in "#events b bdi", "#events .soft bdi", "#topics td", "#found dd":
+        style = f"getComputedStyle(document.querySelector('{isolated}'))"
+        assert await tab.run(f"{style}.unicodeBidi") == "isolate", "it turns no neighbours round"
+
+
+@needs_browser
+async def test_the_page_resumes_at_its_place_after_a_restart(
+    process: StartProcess, open_page: OpenPage
+) -> None:
+    service = await process()
+    await service.publish(numbered(range(5)))
+    tab = await open_page(service)
+    await becomes(["4", "3", "2", "1", "0"], tab.event_ids)
+    await service.kill()
+    await tab.shows("state", "Connection lost")
+    assert await tab.run("document.title") == "(lost) Event Aggregator"
+    assert await tab.run("getComputedStyle(document.getElementById('state')).color") == RED
+    await service.start("--port", str(service.port))
+    await service.publish(numbered(range(5, 15)))
+    await tab.shows("state", "Live again. It went on where it was, after event 5.")
+    assert await tab.run("document.title") == "Event Aggregator"
+    await service.publish(numbered([15]))
+    await becomes([str(number) for number in range(15, -1, -1)], tab.event_ids)
+
+
+@needs_browser
+async def test_the_page_begins_anew_where_another_database_took_the_place(
+    process: StartProcess, open_page: OpenPage, tmp_path: Path
+) -> None:
+    service = await process()
+    await service.publish(numbered(range(5)))
+    tab = await open_page(service)
+    await becomes(["4", "3", "2", "1", "0"], tab.event_ids)
+    await service.kill()
+    await service.start("--port", str(service.port), "--db", str(tmp_path / "other.db"))
+    await service.publish(numbered([7, 8]))
+    await tab.shows("state", "Live again, with another database: it does not have event 5 yet.")
+    await becomes(["8", "7"], tab.event_ids)
+    await service.publish(numbered([9]))
+    await becomes(["9", "8", "7"], tab.event_ids)
+
+
+@needs_browser
+async def test_a_hidden_page_lets_its_connection_go_and_catches_up_later(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    await service.publish(numbered([1]))
+    tab = await open_page(service)
+    await becomes(["1"], tab.event_ids)
+    hide = "Object.defineProperty(document, 'hidden', { configurable: true, value: %s })"
+    hide += ", document.dispatchEvent(new Event('visibilitychange'))"
+    await tab.run(hide % "true")
+    await until(lambda: tab.run("!isLive"))
+    await service.publish(numbered([2, 3]))  # so the service notices that nobody listens
+    await becomes(0, lambda: service.metric("aggregator_live_subscribers"))
+    assert await tab.event_ids() == ["1"]
+    assert await tab.run("document.title") == "Event Aggregator", "nothing is lost"
+    await tab.run(hide % "false")
+    await becomes(["3", "2", "1"], tab.event_ids)
+    await tab.shows("state", "Live again. It went on where it was, after event 1.")
+
+    await tab.run(hide % "true")
+    await until(lambda: tab.run("!isLive"))
+    await tab.run("position = '-100001'")  # as if it had been hidden for very long
+    await service.publish(numbered([4]))
+    await tab.run(hide % "false")
+    await tab.shows("state", "Live again. It skipped many events after event -100001")
+    await becomes(["4", "3", "2", "1"], tab.event_ids)
+
+
+@needs_browser
+async def test_the_verdicts_of_send_are_the_right_way_round(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    tab = await open_page(service)
+    await tab.fill(event_id="A-1", payload='{"n": 12345678901234567890}')
+    await tab.press("#send [type=submit]")
+    await tab.shows("answer", "New: it is stored.\n202 Accepted")
+    in_view = """(([state, answer]) => state.bottom <= answer.top && answer.bottom <= innerHeight)(
+        ["state", "answer"].map((id) => document.getElementById(id).getBoundingClientRect()))"""
+    assert await tab.run(in_view)
+    await tab.press("#again")
+    await tab.shows("answer", "A duplicate: it was there already, so this one is dropped.\n202")
+    await becomes(["A-1", "A-1"], tab.event_ids)
+    dropped, stored = await tab.texts("#events li")
+    assert dropped.startswith("Duplicate, dropped:") and "not stored again" in dropped
+    assert stored.startswith("demo.clicked") and "#1" in stored
+    assert '{"n":12345678901234567890}' in dropped and '{"n":12345678901234567890}' in stored
+
+    await tab.press("#new-id")
+    await tab.fill(payload="[]")
+    await tab.press("#send [type=submit]")
+    await tab.shows("answer", "Refused: nothing of it is stored. body.payload: Input should be a")
+    await tab.fill(payload="{")
+    await tab.press("#send [type=submit]")
+    await tab.shows("answer", "The payload is not JSON")
+    assert await service.stats() == (2, 1, 1)
+
+    await tab.fill(payload="{}")
+    answers = {"urlPattern": "*/publish", "requestStage": "Response"}
+    await tab.call("Fetch.enable", patterns=[answers])
+    await tab.press("#send [type=submit]")
+    held = await tab.paused.get()
+    await tab.call("Fetch.failRequest", requestId=held["requestId"], errorReason="ConnectionReset")
+    await tab.shows("answer", "No answer (Failed to fetch), so it may be stored or not.")
+    assert await service.stats() == (3, 2, 1), "it was stored, and only the answer was lost"
+    await tab.press("#again")
+    held = await tab.paused.get()
+    await tab.call("Fetch.fulfillRequest", requestId=held["requestId"], responseCode=502)
+    await tab.shows("answer", "No answer from the service, but 502, so it may be stored or not.")
+    await tab.call("Fetch.disable")
+    await tab.press("#again")
+    await tab.shows("answer", "A duplicate: it was there already, so this one is dropped.")
+    await tab.press("#new-id")
+    await tab.press("#send [type=submit]")
+    await tab.shows("answer", "New: it is stored.")
+    assert await service.stats() == (6, 3, 3)
+
+    sent = len([each for each in tab.requests if each.endswith("/publish")])
+    await tab.run("by('again').click(), by('again').click()")
+    await tab.shows("answer", "A duplicate")
+    assert len([each for each in tab.requests if each.endswith("/publish")]) == sent + 1
+
+
+@needs_browser
+async def test_the_page_says_in_red_that_events_cannot_be_stored(
+    monkeypatch: pytest.MonkeyPatch,
+    serve: Serve,
+    open_page: OpenPage,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(aggregator, "BUSY_SECONDS", 0.02)
+    service = await serve()
+    tab = await open_page(service)
+    await tab.shows("state", "Live.")
+    with locked(service.db):
+        await tab.press("#send [type=submit]")
+        await tab.shows("answer", "Refused: nothing of it is stored.")
+        await tab.shows("state", "Connected, but events cannot be stored: ")
+        reason = (await service.ask("GET", "/health")).document["reason"]
+        assert (await tab.text("state")).endswith(f": {reason}")
+        assert await tab.run("getComputedStyle(document.getElementById('state')).color") == RED
+        assert await tab.run("document.title") == "(failing) Event Aggregator"
+        await until(lambda: tab.run("document.body.innerText.includes('1 × 503')"))
+    await tab.press("#again")
+    await tab.shows("answer", "New: it is stored.")
+    await tab.shows("state", "Live again. Events can be stored again.")
+    assert await tab.run("getComputedStyle(document.getElementById('state')).color") != RED
+    assert await tab.run("document.title") == "Event Aggregator"
+    caplog.clear()
+
+
+@needs_browser
+async def test_the_page_finds_an_event_by_topic_and_id(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    wanted = event(topic="a&b=1", event_id="ü +1", payload={"n": [12345678901234567890, 1.50]})
+    await service.publish([event(), wanted, event(topic="other", event_id="ü +1")])
+    tab = await open_page(service)
+    await tab.fill(find_topic=" a&b=1 ", find_id="ü +1")
+    await tab.press("#find [type=submit]")
+    await tab.shows("found", "It is stored.")
+    fields = await tab.texts("#found dd")
+    assert fields[:4] == ["a&b=1", "ü +1", "2025-10-24T10:30:00Z", "shop"]
+    assert "12345678901234567890" in fields[4]
+    assert json.loads(fields[4]) == wanted["payload"]
+    await tab.fill(find_id="1")
+    await tab.press("#find [type=submit]")
+    await tab.shows("found", "Not stored: no event has this topic and this event id.")
+
+
+@needs_browser
+async def test_the_page_asks_for_a_token_and_uses_it(serve: Serve, open_page: OpenPage) -> None:
+    service = await serve(api_token="secret")
+    await service.publish(event(), Authorization="Bearer secret")
+    tab = await open_page(service)
+    await tab.shows("state", "The service asks for a token.")
+    assert not await tab.run("by('token-form').hidden")
+    assert await tab.run("document.activeElement.id") == "token", "one can type at once"
+    await tab.fill(token="wrong")
+    await tab.press("#token-form [type=submit]")
+    await tab.shows("state", "The service refuses this token.")
+    assert not await tab.run("by('token-form').hidden")
+    await tab.fill(token="secret")
+    await tab.press("#token-form [type=submit]")
+    await tab.shows("state", "Live.")
+    assert await tab.run("document.getElementById('token-form').hidden")
+    await becomes(["1"], tab.event_ids)
+    await becomes([["order.created", "1", "1", "0"]], tab.topics)
+    await tab.press("#send [type=submit]")
+    await tab.shows("answer", "New: it is stored.")
+    await tab.fill(find_topic="order.created", find_id="1")
+    await tab.press("#find [type=submit]")
+    await tab.shows("found", "It is stored.")
+    assert not any("secret" in each for each in tab.requests), "an address may be logged"
+    assert await tab.run("localStorage.length") == 0, "it is kept until the tab is closed"
+
+
+@needs_browser
+async def test_the_table_of_topics_has_pages(service: InProcess, open_page: OpenPage) -> None:
+    names = [f"{number:02} &=+%é" for number in range(45)]
+    await service.publish([event(topic=name) for name in names])
+    tab = await open_page(service)
+    pages = [[[name, "1", "1", "0"] for name in names[start : start + 20]] for start in (0, 20, 40)]
+    await becomes(pages[0], tab.topics)
+    assert await tab.run("document.getElementById('topics-first').disabled")
+    assert not await tab.run("by('topics-pages').hidden")
+    await tab.press("#topics-next")
+    await becomes(pages[1], tab.topics)
+    await tab.press("#topics-next")
+    await becomes(pages[2], tab.topics)
+    assert await tab.run("document.getElementById('topics-next').disabled")
+    await tab.press("#topics-first")
+    await becomes(pages[0], tab.topics)
+
+
+@needs_browser
+async def test_the_list_can_be_held_and_shortens_what_is_long(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    await service.publish(numbered([1]))
+    tab = await open_page(service)
+    await becomes(["1"], tab.event_ids)
+    await tab.press("#hold")
+    long, longer = ({"text": "x" * size} for size in (500, 200_000))
+    await service.publish([event(event_id="2", payload=long), event(event_id="3", payload=longer)])
+    await becomes([["order.created", "3", "3", "0"]], tab.topics)
+    assert await tab.event_ids() == ["1"]
+    await tab.press("#hold")
+    await becomes(["3", "2", "1"], tab.event_ids)
+    shown = await tab.texts("#events .payload")
+    assert shown[0].startswith("(an event of 200,1")
+    assert shown[1] == '{"text":"' + "x" * 391 + "… (511 characters)"
+
+
+@needs_browser
+async def test_charts_have_a_scale_and_say_what_is_under_the_pointer(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    tab = await open_page(service)
+    await tab.polled(2)
+    await tab.shows("cards", "none since its start")
+    await service.publish(numbered([1, 2, 3]))
+    await tab.shows("cards", "p99")
+    group = await tab.card(4)
+    assert (group.title, group.figure, group.readout) == ("Group size", "mean 3", "peak 3")
+    assert group.top == "5", "the next of 1, 2, 5, 10"
+    commit = await tab.card(5)
+    assert commit.title == "Commit time"
+    p50 = re.fullmatch(r"p50 ([0-9.]+) ms", commit.figure)
+    p99 = re.fullmatch(r"p99 ([0-9.]+) ms", commit.readout)
+    assert p50 and p99 and 0 < float(p50[1]) < float(p99[1])
+    line = await tab.run("CARDS[4].lines[0].getAttribute('d')")
+    assert line.endswith(" 40.0h0"), "3 of 5, from the top of 100"
+
+    place = await tab.run(
+        "(({x, y, width, height}) => [x + width - 0.1, y + height / 2])"
+        "(document.querySelector('.chart').getBoundingClientRect())"
+    )
+    await tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
+    received = await tab.card(0)
+    assert re.fullmatch("[0-9.,]+/s", received.readout), received
+    assert re.fullmatch(r"at \d\d:\d\d:\d\d", received.left), received
+    assert (await tab.card(4)).left == received.left, "all charts show the same moment"
+    await tab.run("polls.shift()")  # the only one that knows nothing of the second before
+    await tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0] - 150, y=place[1])
+    assert (await tab.card(0)).readout == "no data"
+    await tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    received = await tab.card(0)
+    assert re.fullmatch("[0-9.,]+/s", received.readout), received
+    assert received.left == "2 min ago"
+
+
+@needs_browser
+async def test_figures_of_the_page_are_rounded_and_estimated_as_they_should_be(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    tab = await open_page(service)
+    poll = "{ time: %s, values: new Map(%s) }"
+
+    async def value(script: str, now: Any, before: Any) -> Any:
+        polls = [poll % (time, json.dumps(list(values.items()))) for time, values in (now, before)]
+        return await tab.run(f"{script}({', '.join(polls)})")
+
+    for count, milliseconds, shown in (1, 1007, 1), (1400, 1000, 1400), (1, 4000, 0.25), (0, 9, 0):
+        rate = "((now, before) => rate('n', now, before)[0])"
+        assert await value(rate, (milliseconds, {"n": 5 + count}), (0, {"n": 5})) == shown
+    buckets = 'aggregator_group_commit_seconds_bucket{le="%s"}'
+    counts = {"0.001": 10, "0.002": 70, "0.01": 100, "+Inf": 100}
+    before = {buckets % bound: 7 for bound in counts}
+    now = {buckets % bound: 7 + count for bound, count in counts.items()}
+    p50, p99 = await value("commitTimes", (1, now), (0, before))
+    assert (round(p50, 3), round(p99, 3)) == (1.667, 9.733)
+    assert await value("commitTimes", (1, now), (0, now)) == []
+    assert await value("commitTimes", (1, before | {buckets % "+Inf": 9}), (0, before)) == [10, 10]
+    for highest, top in (0, 1), (0.3, 0.5), (1, 1), (1.1, 2), (19, 20), (20, 20), (51, 100):
+        assert await tab.run(f"peak = () => {highest}, scaleTop('time')") == top
+
+
+@needs_browser
+async def test_the_page_reads_a_feed_as_the_rules_say_however_it_is_cut(
+    service: InProcess, open_page: OpenPage
+) -> None:
+    tab = await open_page(service)
+    stream = (
+        "retry: 2000\n: comment\nid: 7\nevent: position\ndata: {}\n\n"
+        "id: 8\ndata: one\n\n: nothing new\nid:9\r\ndata:a:b\r\ndata:  c\r\n\r\n"
+        "retry: soon\nid: 10\rdata\r\rid: 11\n\n"
+        "event: message\ndata: d\u2028e\n\nid: 12\ndata: cut"
+    )
+    read = """((pieces) => {
+        const found = [];
+        arrive = ({ number, text }) => found.push([number, text]);
+        const parser = new FeedParser();
+        for (const piece of pieces) parser.take(piece);
+        return [...found, [position, retryMs]];
+    })(%s)"""
+    expected = [["8", "one"], ["9", "a:b\n c"], ["10", ""], ["11", "d\u2028e"], ["11", 2000]]
+    position = ["id: 7\nevent: position\ndata: {}\n\n"]
+    assert (await tab.run(read % json.dumps(position)))[0][0] == "7", "and it is no event"
+    assert await tab.run(read % json.dumps([stream])) == expected
+    assert await tab.run(read % json.dumps([*stream])) == expected
+    assert await tab.run(read % json.dumps(stream.partition("\r"))) == expected
 
 
 # --- Metrics -----------------------------------------------------------------------------------
