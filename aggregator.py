@@ -178,6 +178,7 @@ OPEN_FILES = 10_000  # a connection is an open file, and the usual limit is 1,02
 COMPLAINT_SECONDS = 60.0  # between two lines of the log about the same trouble
 LOG_QUEUE_BYTES = 4 * MIB  # of lines that wait to be written; what is beyond them is dropped
 STOP_SECONDS = 9  # to stop in; what hangs then, hangs for good, and docker stop gives 10 s
+LOG_SECONDS = 0.05  # for lines of the log to gather before they are written
 LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
 GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 
@@ -1332,6 +1333,7 @@ class GroupCommit:
         self.crashed: asyncio.Future[None] = self._loop.create_future()
         self._writer_thread = ThreadPoolExecutor(1, "writer")
         self._watcher_thread = ThreadPoolExecutor(1, "watcher")
+        await self._loop.run_in_executor(self._watcher_thread, time.sleep, 0)  # it can be started
         self._writer = self._loop.run_in_executor(self._writer_thread, self._write)
         self._consumer = asyncio.create_task(self._consume(), name="consumer")
         self._watcher = asyncio.create_task(self._watch(), name="watcher")
@@ -1340,11 +1342,16 @@ class GroupCommit:
 
     def _notice_end(self, worker: asyncio.Future[None]) -> None:
         """No worker ends before the stop. If one does, the process must not go on without it."""
-        if self.is_stopping or self.crashed.done():
+        if self.is_stopping:
             return
         why = None if worker.cancelled() else worker.exception()
         self._health.fails(COMMITS, "a worker of this process has ended", why)
-        self.crashed.set_result(None)
+        self.crash()
+
+    def crash(self) -> None:
+        """Has the process stop."""
+        if not self.crashed.done():
+            self.crashed.set_result(None)
 
     async def submit(self, body: bytes) -> Counts:
         """Returns when the events of a body are on disk.
@@ -1530,13 +1537,17 @@ def log_events(topics: Sequence[str], event_ids: Iterator[str], is_new: bytearra
     """Logs what became of each event: a record of many lines, since a record costs 6 µs."""
     if not log.isEnabledFor(logging.WARNING):
         return
-    events = [f"topic={topic}, event_id={event_id}" for topic, event_id in zip(topics, event_ids)]
-    new = itertools.compress(events, is_new)
-    dropped = (event for event, flag in zip(events, is_new) if not flag)
-    if log.isEnabledFor(logging.INFO) and 1 in is_new:
-        log.info("%s", "\n".join(f"Processed new event: {event}" for event in new))
-    if 0 in is_new:
-        log.warning("%s", "\n".join(f"Dropped duplicate event: {event}" for event in dropped))
+    new = []
+    dropped = []
+    for topic, event_id, flag in zip(topics, event_ids, is_new):
+        if flag:
+            new.append(f"Processed new event: topic={topic}, event_id={event_id}")
+        else:
+            dropped.append(f"Dropped duplicate event: topic={topic}, event_id={event_id}")
+    if new:
+        log.info("%s", "\n".join(new))
+    if dropped:
+        log.warning("%s", "\n".join(dropped))
 
 
 # --- HTTP ------------------------------------------------------------------------------------
@@ -2373,13 +2384,18 @@ def check_content_type(request: web.Request) -> None:
     a CORS preflight) before they do. JSON is nothing that a form can send. From a page, which the
     header Origin shows, the type must not be missing either.
     """
-    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    content_type = request.headers.get("Content-Type", "")
+    if content_type == JSON:  # almost always
+        return
+    media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json" and (media_type or "Origin" in request.headers):
         raise Refused(415, "Send the header Content-Type: application/json", {"Accept": JSON})
 
 
 def window_bits(request: web.Request) -> int:
     """How the body is compressed, as zlib's wbits, 0 if it is not; raises Refused (415)."""
+    if "Content-Encoding" not in request.headers:  # almost always
+        return 0
     encoding = header(request, "Content-Encoding").strip().lower()
     if encoding not in WINDOW_BITS:
         raise Refused(
@@ -2623,41 +2639,49 @@ class LogHandler(logging.Handler):
         self._file = open(  # noqa: SIM115 - open until the process ends
             descriptor, "wb", buffering=0, closefd=False
         )
-        self._texts: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._waiting_bytes = 0
-        self._all_written = threading.Condition()
+        self._waiting = bytearray()  # lines to be written
+        self._is_writing = False
+        self._has_changed = threading.Condition()
         self._thread = threading.Thread(target=self._keep_writing, name="log", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Puts a record into the queue."""
+        """Lays the lines of a record ready."""
         text = self.format(record).encode(errors="backslashreplace") + b"\n"
-        with self._all_written:
-            if self._waiting_bytes + len(text) > LOG_QUEUE_BYTES:
+        with self._has_changed:
+            if len(self._waiting) + len(text) > LOG_QUEUE_BYTES:
                 self.dropped_lines += text.count(b"\n")
                 return
-            self._waiting_bytes += len(text)
-        self._texts.put(text)
+            if not self._waiting:
+                self._has_changed.notify_all()
+            self._waiting += text
 
     def _keep_writing(self) -> None:
-        """Runs in the thread: writes what is in the queue, for ever."""
+        """Runs in the thread: writes what waits, for ever.
+
+        It lets some lines gather first: to wake up for each group of events would cost the event
+        loop more than the lines themselves.
+        """
         told = 0
         while True:
-            text = self._texts.get()
+            with self._has_changed:
+                self._has_changed.wait_for(lambda: self._waiting)
+            time.sleep(LOG_SECONDS)
+            with self._has_changed:
+                text = bytes(self._waiting)
+                self._waiting.clear()
+                self._is_writing = True
             is_written = self._write(text)
-            if is_written and self.dropped_lines > told:
+            if not is_written:
+                self.dropped_lines += text.count(b"\n")
+            elif self.dropped_lines > told:
                 count = self.dropped_lines - told
                 told = self.dropped_lines
                 why = f"{count} lines of the log were dropped: it was not read, or not writable"
-                record = log.makeRecord(
-                    log.name, logging.WARNING, __file__, 0, why, (), exc_info=None
-                )
-                self._write(self.format(record).encode() + b"\n")
-            with self._all_written:
-                if not is_written:
-                    self.dropped_lines += text.count(b"\n")
-                self._waiting_bytes -= len(text)
-                self._all_written.notify_all()
+                self._write(self.format(new_record(logging.WARNING, why)).encode() + b"\n")
+            with self._has_changed:
+                self._is_writing = False
+                self._has_changed.notify_all()
 
     def _write(self, text: bytes) -> bool:
         """Writes all of it; returns whether that worked."""
@@ -2673,8 +2697,15 @@ class LogHandler(logging.Handler):
 
     def flush(self) -> None:
         """Waits until all is written, or for a short time; called at the end."""
-        with self._all_written:
-            self._all_written.wait_for(lambda: not self._waiting_bytes, LOG_FLUSH_SECONDS)
+        with self._has_changed:
+            self._has_changed.wait_for(
+                lambda: not self._waiting and not self._is_writing, LOG_FLUSH_SECONDS
+            )
+
+
+def new_record(level: int, text: str) -> logging.LogRecord:
+    """A record of our log."""
+    return log.makeRecord(log.name, level, __file__, 0, text, (), None)
 
 
 def dropped_log_lines() -> int:
@@ -2735,7 +2766,7 @@ def raise_open_files() -> None:
 class Complaints:
     """What asyncio complains about, without its flood when the open files run out."""
 
-    def __init__(self, listen_again: Callable[[], object]) -> None:
+    def __init__(self, listen_again: Callable[[str, int], object]) -> None:
         self._listen_again = listen_again
         self._told = -math.inf  # when it was said last
 
@@ -2750,7 +2781,7 @@ class Complaints:
             self._told = loop.time()
             log.error("New connections cannot be accepted: %s", error.strerror)
         if message == "Accept failed on a socket":  # Windows: and now that socket is closed
-            self._listen_again()
+            self._listen_again(*context["socket"].getsockname()[:2])
 
 
 async def serve(settings: Settings) -> int:
@@ -2773,7 +2804,7 @@ async def serve(settings: Settings) -> int:
         host, port = runner.addresses[0][:2]
         app[API_KEY].is_local = all(is_loopback(address[0]) for address in runner.addresses)
         loop.set_exception_handler(
-            Complaints(lambda: loop.create_task(site(runner, settings.host, port).start()))
+            Complaints(lambda *place: loop.create_task(listen_again(runner, commits, *place)))
         )
         introduce(settings, link(host, port), app[STORE_KEY].location, await app[API_KEY].totals())
         await stop.wait()
@@ -2781,10 +2812,19 @@ async def serve(settings: Settings) -> int:
     finally:
         await runner.cleanup()
     if commits.crashed.done():
-        log.critical("Stopped, because a worker of this process has ended. Start it again")
+        log.critical("Stopped, because of a fault that cannot be mended. Start it again")
         return 1
     notice("Stopped")
     return 0
+
+
+async def listen_again(runner: web.AppRunner, commits: GroupCommit, host: str, port: int) -> None:
+    """Listens where a socket was closed; without it, the process must not go on."""
+    try:
+        await site(runner, host, port).start()
+    except OSError as why:
+        log.critical("Nobody can listen on %s:%d any more: %s", host, port, why.strerror)
+        commits.crash()
 
 
 def handle_signals(stop: Callable[[], object]) -> None:
@@ -2831,7 +2871,7 @@ def site(runner: web.AppRunner, host: str, port: int) -> web.BaseSite:
 
 def notice(text: str) -> None:
     """Logs a line whatever the log level is."""
-    log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None))
+    log.handle(new_record(logging.INFO, text))
 
 
 def introduce(settings: Settings, address: str, location: str, totals: Totals) -> None:
