@@ -676,6 +676,265 @@ def test_its_defaults_are_safe_and_those_of_the_contract() -> None:
     assert not settings.api_token
 
 
+# --- Where it runs -----------------------------------------------------------------------------
+# On each system, from any folder, with whatever streams, locale and interpreter's flags. No other
+# system than this one is at hand, so Windows is simulated: what a Python there has not is taken
+# away, and what an open file forbids there is forbidden.
+
+WINDOWS = """
+import io, sys, types, weakref
+import aiohttp.web, argparse, asyncio, ctypes, concurrent.futures.thread, os, signal, sqlite3
+
+def copy_of(module, without, **changes):
+    copy = types.ModuleType(module.__name__)
+    names = {name: value for name, value in vars(module).items() if name not in without}
+    vars(copy).update(names, **changes)
+    sys.modules[module.__name__] = copy
+
+def open_file(path, *flags, **options):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return os.open(path, *flags, **options)
+
+copy_of(os, ["pread", "pwrite", "preadv", "getuid", "geteuid", "fork", "fchmod", "fchown",
+    "sched_getaffinity", "sysconf", "uname", "mkfifo", "O_DIRECTORY", "O_CLOEXEC"],
+    name="nt", open=open_file)
+# Ctrl-Break comes as a signal that Unix has not; SIGUSR1 is sent in its place.
+copy_of(signal, ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGKILL", "SIGALRM", "alarm",
+    "setitimer", "pthread_sigmask", "sigwait"], SIGBREAK=signal.SIGUSR1)
+for name in "resource", "fcntl", "pwd", "grp", "termios":
+    sys.modules[name] = None
+
+def only_on_unix(*arguments):
+    raise NotImplementedError
+asyncio.SelectorEventLoop.add_signal_handler = only_on_unix
+
+class CDLL(ctypes.CDLL):
+    def __init__(self, name, *arguments):
+        if name is None:
+            raise TypeError("LoadLibrary() argument 1 must be str, not None")
+        super().__init__(name, *arguments)
+ctypes.CDLL = CDLL
+
+class FileIO(io.FileIO):
+    opened = weakref.WeakSet()
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.opened.add(self)
+io.FileIO = FileIO
+
+class Connection(sqlite3.Connection):
+    connected = weakref.WeakSet()
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.connected.add(self)
+    def close(self):  # the last one removes the write-ahead log
+        self.connected.discard(self)
+        if not self.connected and not all(file.closed for file in FileIO.opened):
+            raise PermissionError(13, "an open file cannot be removed")
+        super().close()
+really_connect = sqlite3.connect
+sqlite3.connect = lambda *arguments, **options: really_connect(
+    *arguments, factory=Connection, **options)
+"""
+
+
+class Elsewhere(Process):
+    """A process in unusual surroundings, so its log may tell nobody at which port it is."""
+
+    def __init__(
+        self,
+        db: Path,
+        *,
+        program: Path = HERE / "aggregator.py",
+        streams: str = "",
+        **environment: str,
+    ) -> None:
+        db.parent.mkdir(parents=True)
+        super().__init__(db, db.parent.with_suffix(".log"), [], environment)
+        with socket.create_server(("127.0.0.1", 0)) as free:  # and it was so a moment ago
+            self.port = free.getsockname()[1]
+        self._arguments = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, str(program)]
+        self._arguments += ["--port", str(self.port), "--db", str(db)]
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """It answers while this lasts."""
+        with self._log_file.open("wb") as log:
+            self.popen = subprocess.Popen(
+                self._arguments, env=self._environment, cwd=self.db.parent.parent, stderr=log
+            )
+        try:
+            await until(self.answers)
+            yield
+        finally:
+            await self.session.close()
+            if self.popen.poll() is None:
+                await self.kill()
+
+    async def answers(self) -> bool:
+        assert self.popen.poll() is None, self.log()
+        with contextlib.suppress(aiohttp.ClientConnectionError):
+            return await self.health() == 200
+        return False
+
+    async def stops(self, number: int = signal.SIGTERM) -> None:
+        """It stops as it should."""
+        assert await self.terminate(number) == 0, self.log()
+        assert [path.name for path in self.db.parent.iterdir()] == [self.db.name]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="a simulation, for Unix")
+async def test_on_windows_it_serves_and_ctrl_c_and_ctrl_break_stop_it_under_load(
+    serve: Serve, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WINDOWS, "utf-8")
+
+    async def run(number: signal.Signals) -> None:
+        chance, book = random.Random(number), Book(set(), 0, 0)
+        service = Elsewhere(tmp_path / number.name / "events.db", PYTHONPATH=str(tmp_path))
+        async with service.running():
+            crowd = [asyncio.create_task(book.keep_publishing(service, chance)) for _ in range(6)]
+            await until(lambda: book.answers >= 50)
+            await service.stops(number)
+            await asyncio.gather(*crowd)
+        assert service.log().endswith(" - Stopped\n")
+        await book.check(await serve(service.db))
+
+    await asyncio.gather(run(signal.SIGINT), run(signal.SIGUSR1))
+
+
+def test_a_folder_on_a_drive_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not even Q:\, or / here
+    monkeypatch.setattr(os, "mkdir", fail)
+    with pytest.raises(FileNotFoundError):
+        aggregator.make_folder("/data")
+
+
+async def test_without_its_standard_streams_it_serves_all_the_same(tmp_path: Path) -> None:
+    async def run(name: str, streams: str) -> None:
+        service = Elsewhere(tmp_path / name / "events.db", streams=streams)
+        async with service.running():
+            assert (await service.publish(numbered([1, 1]))).counts == (2, 1, 1)
+            await service.stops()
+        assert rows(service.db) == numbered([1])
+
+    await asyncio.gather(run("none", "<&- >&- 2>&-"), run("no errors", "2>&-"))
+
+
+async def test_through_a_link_from_another_folder_without_docstrings_it_has_its_page(
+    tmp_path: Path,
+) -> None:
+    link = tmp_path / "aggregator"
+    link.symlink_to(HERE / "aggregator.py")
+    service = Elsewhere(tmp_path / "data" / "events.db", program=link, PYTHONOPTIMIZE="2")
+    async with service.running():
+        page = await service.ask("GET", "/", headers={"Accept": "text/html"})
+        assert page.headers["content-type"].startswith("text/html")
+        await service.stops()
+
+
+SURROUNDINGS = {
+    "ASCII alone": {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "development mode": {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"},
+    "every address": {"HOST": "::", "LOG_LEVEL": "warning"},
+}
+
+
+async def test_it_runs_in_every_locale_in_development_mode_and_on_both_kinds_of_address(
+    tmp_path: Path,
+) -> None:
+    odd = event(topic="über", payload={"text": "naïve \u2028 😀"})
+
+    async def run(case: str) -> None:
+        db = tmp_path / case / "größe #1 100% sure?.db"
+        service = Elsewhere(db, **SURROUNDINGS[case])
+        async with service.running():
+            assert (await service.publish([odd, odd])).counts == (2, 1, 1)
+            if case == "every address":
+                async with service.session.get(f"http://[::1]:{service.port}/health") as response:
+                    assert response.status == 200
+            await service.stops()
+        assert rows(db) == [odd]
+        for sign in "Traceback", "Warning", " ERROR ":
+            assert sign not in service.log()
+        for said in "Database: ", "Running on", "Dropped duplicate", "Stopped":
+            assert said in service.log(), "also where little is logged"
+
+    await asyncio.gather(*(run(case) for case in SURROUNDINGS if case != "every address" or IPV6))
+
+
+def has_both_addresses() -> bool:
+    """Whether this machine has IPv4 and IPv6."""
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return socket.has_dualstack_ipv6()
+    return False
+
+
+IPV6 = has_both_addresses()
+
+
+def test_a_start_that_fails_leaves_nothing_open_and_help_needs_ascii_alone(tmp_path: Path) -> None:
+    strict = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "ascii"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        commands = {
+            f"try --port {port + 1}": ["--db", f"{tmp_path}/1.db", "--port", str(port)],
+            "folder": ["--db", str(tmp_path), "--port", "0"],
+            "environment: DB_PATH": ["--help"],
+        }
+        running = {}
+        for said, flags in commands.items():
+            running[said] = subprocess.Popen(
+                [sys.executable, str(HERE / "aggregator.py"), *flags],
+                env=clean_environment(strict),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        outputs = {said: popen.communicate() for said, popen in running.items()}
+    for said, (out, err) in outputs.items():
+        assert said in out + err
+        # In development mode asyncio complains of all that is slow.
+        lines = [line for line in err.splitlines() if " - asyncio - " not in line]
+        assert len(lines) == (0 if out else 1), err
+
+
+# SIGTERM comes while the interpreter still loads the program.
+SIGNAL_AT_THE_START = """
+import os, signal, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == "asyncio":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_process_1_of_a_container_obeys_a_signal_that_comes_while_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    alone = ["unshare", "--pid", "--fork", "--kill-child"]
+    try:
+        subprocess.run([*alone, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as why:
+        pytest.skip(f"no process can be made process 1 here: {why}")
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_AT_THE_START, "utf-8")
+    command = [*alone, sys.executable, str(HERE / "aggregator.py"), "--port", "0"]
+    ended = subprocess.run(
+        [*command, "--db", str(tmp_path / "events.db")],
+        env=clean_environment({"PYTHONPATH": str(tmp_path)}),
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
 # --- The event ---------------------------------------------------------------------------------
 
 
