@@ -709,6 +709,21 @@ def only_on_unix(*arguments):
     raise NotImplementedError
 asyncio.SelectorEventLoop.add_signal_handler = only_on_unix
 
+# The first client resets its connection before it is accepted: asyncio then closes the listener.
+# https://github.com/python/cpython/issues/93821
+async def create_server(loop, *arguments, **options):
+    server = await asyncio.BaseEventLoop.create_server(loop, *arguments, **options)
+    if not failures:
+        failures.append(OSError(64, "The specified network name is no longer available"))
+        loop.call_soon(fail_to_accept, loop, server)
+    return server
+def fail_to_accept(loop, server):
+    message = "Accept failed on a socket"
+    loop.call_exception_handler({"message": message, "exception": failures[0]})
+    server.close()
+failures = []
+asyncio.SelectorEventLoop.create_server = create_server
+
 class CDLL(ctypes.CDLL):
     def __init__(self, name, *arguments):
         if name is None:
@@ -797,6 +812,7 @@ async def test_on_windows_it_serves_and_ctrl_c_and_ctrl_break_stop_it_under_load
             await until(lambda: book.answers >= 50 or any(each.done() for each in crowd))
             await service.stops(number)
             await asyncio.gather(*crowd)
+        assert "New connections cannot be accepted" in service.log()
         assert service.log().endswith(" - Stopped\n")
         assert book.answers >= 50
         return book, service.db
