@@ -423,7 +423,7 @@ class Process(Service):
 
     def log(self) -> str:
         """All that it has written so far."""
-        return self._log_file.read_text() if self._log_file.exists() else ""
+        return self._log_file.read_text("utf-8") if self._log_file.exists() else ""
 
     async def ended(self) -> int:
         """Waits for its end; returns its exit code."""
@@ -755,7 +755,7 @@ sqlite3.connect = lambda *arguments, **options: really_connect(
 
 
 class Elsewhere(Process):
-    """A process in unusual surroundings, so its log may tell nobody at which port it is."""
+    """A process in unusual surroundings; perhaps it has no log that could tell its port."""
 
     def __init__(
         self,
@@ -766,10 +766,8 @@ class Elsewhere(Process):
         **environment: str,
     ) -> None:
         super().__init__(db, db.parent.with_suffix(".log"), [], environment)
-        with socket.create_server(("127.0.0.1", 0)) as free:  # and it was so a moment ago
-            self.port = free.getsockname()[1]
         self._arguments = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, str(program)]
-        self._arguments += ["--port", str(self.port), "--db", str(db)]
+        self._arguments += ["--port", "0", "--db", str(db)]
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -779,12 +777,21 @@ class Elsewhere(Process):
                 self._arguments, env=self._environment, cwd=self.db.parent.parent, stderr=log
             )
         try:
+            self.port = await until(self.place)
             await until(self.answers)
             yield
         finally:
             await self.session.close()
             if self.popen.poll() is None:
                 await self.kill()
+
+    def place(self) -> int:
+        """The port at which it listens; 0 before it does."""
+        assert self.popen.poll() is None, self.log()
+        found = re.search(r"Running on http://localhost:(\d+)/", self.log())
+        if found:
+            return int(found[1])
+        return listening_port(self.popen.pid) if "2>&-" in self._arguments[2] else 0
 
     async def answers(self) -> bool:
         assert self.popen.poll() is None, self.log()
@@ -796,6 +803,19 @@ class Elsewhere(Process):
         """It stops as it should."""
         assert await self.terminate(number) == 0, self.log()
         assert [path.name for path in self.db.parent.iterdir()] == [self.db.name]
+
+
+def listening_port(pid: int) -> int:
+    """The TCP port at which a process listens, by what Linux knows of it; 0 if there is none."""
+    opened = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has just been closed
+            opened.add(os.readlink(descriptor))
+    for line in Path("/proc/net/tcp").read_text("ascii").splitlines():
+        columns = line.split()
+        if columns[3] == "0A" and f"socket:[{columns[9]}]" in opened:  # 0A: it listens
+            return int(columns[1].rpartition(":")[2], 16)
+    return 0
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="a simulation, for Unix")
@@ -831,6 +851,7 @@ def test_a_folder_on_a_drive_that_is_not_there_is_refused(monkeypatch: pytest.Mo
         aggregator.make_folder("/data")
 
 
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="nothing tells its port here")
 async def test_without_its_standard_streams_it_serves_all_the_same(tmp_path: Path) -> None:
     async def run(name: str, streams: str) -> None:
         service = Elsewhere(tmp_path / name / "events.db", streams=streams)
