@@ -1998,9 +1998,7 @@ def label(value: Any) -> str | None:
 
 
 @pytest.mark.parametrize(("field", "value", "entry"), BAD_FIELDS, ids=label)
-def test_a_bad_field_is_named_with_its_fault(
-    field: str, value: Any, entry: dict[str, Any]
-) -> None:
+def test_a_bad_field_is_named_with_its_fault(field: str, value: Any, entry: dict[str, Any]) -> None:
     for body, loc in in_all_forms(event(**{field: value})):
         assert faults_of(json_of(body)) == [entry | {"loc": [*loc, field]}]
 
@@ -2084,9 +2082,7 @@ def test_all_errors_are_listed_events_in_order_and_fields_in_order() -> None:
         ({"topic": "t", "event_id": "1"}, 40),
     ],
 )
-async def test_at_most_100_errors_are_listed(
-    bad: Any, times: int, service: InProcess
-) -> None:
+async def test_at_most_100_errors_are_listed(bad: Any, times: int, service: InProcess) -> None:
     detail = (await service.publish([event(), *[bad] * times])).detail(422)
     assert len(detail) == 100
     assert detail[0]["loc"][:2] == ["body", 1]
@@ -2367,9 +2363,7 @@ async def test_a_body_too_large_that_comes_at_once_is_413(
 
 
 @pytest.mark.parametrize("encoding", ["identity", "deflate"])
-async def test_a_body_without_an_end_is_413_once_too_large(
-    encoding: str, serve: Serve
-) -> None:
+async def test_a_body_without_an_end_is_413_once_too_large(encoding: str, serve: Serve) -> None:
     service = await serve(max_body_bytes=1000)
     head = CHUNKED[:-2] + f"Content-Encoding: {encoding}\r\n\r\n".encode()
     async with service.connection(head + b"1f4\r\n" + bytes(500) + b"\r\n") as client:
@@ -2753,8 +2747,7 @@ ACCEPTED = {
     "text/event-stream;q=0.9, application/json;q=0.8": "text/event-stream",
     "text/event-stream;q=0.8, application/json;q=0.9": "application/json",
     "application/json;q=0, */*": "application/x-ndjson",
-    "application/json;q=0.5, text/event-stream;q=0.5, application/x-ndjson;q=0.6":
-        "application/x-ndjson",
+    "application/json;q=0.5, application/x-ndjson;q=0.6": "application/x-ndjson",
     "text/*;q=0.3, text/event-stream;q=0.1, application/json;q=0.2": "application/json",
     "application/*;q=0.1, text/event-stream;q=0.2": "text/event-stream",
     "*/*;q=0.5, text/*;q=0.4": "application/json",
@@ -3194,9 +3187,6 @@ async def test_a_place_that_cannot_be_resumed_is_422(
     assert fault["type"] == kind
     assert fault["loc"] == [where, "Last-Event-ID" if where == "header" else "lastEventId"]
     assert kind != "less_than_equal" or fault["ctx"] == {"le": 4}
-
-
-
 
 
 async def test_a_feed_of_one_topic_has_only_its_own_events(service: InProcess) -> None:
@@ -4536,6 +4526,7 @@ async def test_the_page_reads_a_feed_as_the_rules_say_however_it_is_cut(
     assert await tab.run(read % json.dumps([*stream])) == expected
     assert await tab.run(read % json.dumps(stream.partition("\r"))) == expected
 
+
 # --- Metrics -----------------------------------------------------------------------------------
 
 NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
@@ -5430,9 +5421,7 @@ async def test_beyond_the_bytes_in_flight_a_request_is_503(
     assert (await service.publish(json_of(event()).ljust(1000))).counts == (1, 0, 1)
 
 
-async def test_an_unpacked_body_counts_with_its_full_size(
-    disk: Disk, serve: Serve
-) -> None:
+async def test_an_unpacked_body_counts_with_its_full_size(disk: Disk, serve: Serve) -> None:
     service = await serve(max_body_bytes=1000, max_in_flight_bytes=1500)
     small, large = (gzip.compress(json_of(event()).ljust(size)) for size in (200, 1000))
     with disk.held():
@@ -5825,9 +5814,7 @@ async def test_a_disk_that_fails_is_not_tried_while_stopping(
     caplog.clear()
 
 
-async def test_sigterm_under_load_ends_it_cleanly(
-    process: StartProcess, serve: Serve
-) -> None:
+async def test_sigterm_under_load_ends_it_cleanly(process: StartProcess, serve: Serve) -> None:
     chance = random.Random(15)
     book = Book(set(), 0, 0)
     service = await process()
@@ -6128,9 +6115,7 @@ async def test_what_it_sends_is_valid_and_has_unique_ids() -> None:
     ("events", "rate", "unique"),
     [(5000, 0.2, 4000), (10, 0.0, 10), (10, 0.99, 1), (1, 0.5, 1), (3, 0.5, 1), (7, 0.3, 5)],
 )
-def test_the_share_of_repeats_is_as_asked(
-    events: int, rate: float, unique: int
-) -> None:
+def test_the_share_of_repeats_is_as_asked(events: int, rate: float, unique: int) -> None:
     run = planned(events=events, duplicate_rate=rate)
     assert (run.unique, len(run.order), set(run.order)) == (unique, events, set(range(unique)))
 
@@ -6522,18 +6507,14 @@ async def test_a_seed_that_was_sent_before_is_all_duplicates(
 
 
 @needs_publisher
-async def test_the_order_of_a_new_seed_is_judged_too(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_the_order_of_a_new_seed_is_judged_too(stand_in: StandIn, simulate: Simulate) -> None:
     stand_in.lie = lambda log: log.reverse()
     ended = await simulate(seed=7, concurrency=1)
     assert "out of order" in ended.verdict
 
 
 @needs_publisher
-async def test_only_what_came_since_it_began_is_read(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_only_what_came_since_it_began_is_read(stand_in: StandIn, simulate: Simulate) -> None:
     starts: list[int] = []
     stand_in.page = lambda page: starts.append(page["after"]) or page
     stand_in.log = [event(event_id=str(number)) for number in range(9)]
@@ -6774,9 +6755,7 @@ def test_a_service_that_hangs_is_tried_again_before_giving_up() -> None:
 
 
 @needs_publisher
-async def test_it_gives_up_if_asked_to_wait_too_long(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_it_gives_up_if_asked_to_wait_too_long(stand_in: StandIn, simulate: Simulate) -> None:
     stand_in.trouble = answers_with(503, times=999, Retry_After="6")
     ended = await simulate(concurrency=1)
     assert (ended.code, len(stand_in.posts)) == (1, 1)
@@ -6828,9 +6807,7 @@ async def test_it_says_that_it_waits_only_after_a_failure(
 
 
 @needs_publisher
-async def test_it_says_how_to_watch_a_run(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_it_says_how_to_watch_a_run(stand_in: StandIn, simulate: Simulate) -> None:
     said = (await simulate(events=50)).err
     fast = "as fast as it can (to watch it on the page there: --rate 3)"
     assert said == f"Sending 50 events to {stand_in.url}, {fast}\n"
@@ -6877,9 +6854,7 @@ async def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
 
 @needs_publisher
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_ends_it_cleanly(
-    number: int, stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_a_signal_ends_it_cleanly(number: int, stand_in: StandIn, simulate: Simulate) -> None:
     async def interrupt(post: int, _request: web.Request) -> None:
         if post == 3:
             signal.raise_signal(number)
