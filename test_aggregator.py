@@ -1,11 +1,15 @@
 """What the event aggregator promises, as examples; the names of the tests are the specification.
 
-Two ways to run it, with one vocabulary to talk to it: `service` (or `serve`, with settings) in this
-process, on a free port and a temporary file, where a commit can be held up or made to fail through
-`disk`; and `process`, a real `python aggregator.py` that can be killed. What a client is told is
-checked against `rows`, which reads the file through a connection of its own.
+Where things are: "In short" shows the idea in three tests. "Vocabulary" has the words in which all
+others are written; skip it, and come back when a word is not clear. Then each section of the
+contract has its tests, from "Starting it" to "Stopping", and last come the other files.
 
-Everything here waits for conditions, up to PATIENCE_SECONDS, and never sleeps for luck.
+There are two ways to run the service: `service` (or `serve`, with settings) in this process, on a
+free port and a temporary file; and `process`, a real `python aggregator.py` that can be killed.
+`disk`, `reads` and `pace` hold up the first one, or make it fail, at the doors between its parts.
+What a client is told is checked against `rows`, which reads the file through another connection.
+
+Everything waits for conditions, up to PATIENCE_SECONDS, and never sleeps for luck.
 """
 
 from __future__ import annotations
@@ -29,8 +33,10 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -44,12 +50,22 @@ import tracemalloc
 import unicodedata
 import urllib.parse
 import urllib.request
+import uuid
+import weakref
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from unittest.mock import ANY
 
 import aiohttp
@@ -58,7 +74,15 @@ import pytest_asyncio
 from aiohttp import web
 
 import aggregator
-from aggregator import Batch, Outcome, Refused, Settings, SqliteStore, create_app, validate
+from aggregator import (
+    Batch,
+    Outcome,
+    Refused,
+    Settings,
+    SqliteStore,
+    create_app,
+    validate,
+)
 
 with contextlib.suppress(ModuleNotFoundError):
     import publisher
@@ -70,11 +94,41 @@ pytestmark = [
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_SECONDS = 20.0  # for what takes milliseconds, on a machine that has other things to do
+HANG_SECONDS = 60.0  # for a whole test
+HEARTBEAT_SECONDS = aggregator.HEARTBEAT_SECONDS  # before `only_news_wakes_a_feed` changes it
+posix = pytest.mark.skipif(os.name != "posix", reason="only on POSIX")
 needs_publisher = pytest.mark.skipif(not (HERE / "publisher.py").exists(), reason="no publisher.py")
 
 
+# --- In short ----------------------------------------------------------------------------------
+
+
+async def test_an_event_that_is_sent_again_is_kept_once(service: InProcess) -> None:
+    assert (await service.publish(event(payload={"n": 1}))).counts == (1, 1, 0)
+    assert (await service.publish(event(payload={"n": 2}))).counts == (1, 0, 1)
+    assert await service.stored() == [event(payload={"n": 1})]
+    assert await service.stats() == (2, 1, 1)
+
+
+async def test_what_is_acknowledged_survives_kill_9(process: StartProcess) -> None:
+    service = await process()
+    assert (await service.publish(numbered(range(50)))).counts == (50, 50, 0)
+    await service.kill()
+    await service.start()
+    assert (await service.publish(numbered(range(60)))).counts == (60, 10, 50)
+    assert await all_adds_up(service) == numbered(range(60))
+
+
+async def test_a_subscriber_gets_what_is_stored_and_what_comes(service: InProcess) -> None:
+    await service.publish(event(event_id="1"))
+    async with service.feed() as feed:
+        assert await feed.take(1) == [(1, event(event_id="1"))]
+        await service.publish(event(event_id="2"))
+        assert await feed.take(1) == [(2, event(event_id="2"))]
+
+
 # --- Vocabulary: events ------------------------------------------------------------------------
-# event, numbered, json_of, in_all_forms, rows, same_json, faults_of, Says
+# event, numbered, json_of, nested, in_chunks, in_all_forms, rows, same_json, faults_of, Says
 
 ABSENT: Any = object()
 
@@ -99,6 +153,23 @@ def numbered(numbers: Sequence[int], **changes: Any) -> list[dict[str, Any]]:
 def json_of(document: Any) -> bytes:
     """The document as a body; infinity becomes 1e400, which is what a client can send."""
     return json.dumps(document).replace("Infinity", "1e400").encode()
+
+
+def nested(depth: int) -> bytes:
+    """An object in an object in an object, so many."""
+    return b'{"a":' * depth + b"1" + b"}" * depth
+
+
+def nested_event(depth: int, **changes: Any) -> bytes:
+    """A good event, but for the changes, with such a payload."""
+    return json_of(event(payload="HERE", **changes)).replace(b'"HERE"', nested(depth))
+
+
+async def in_chunks(body: bytes, size: int = 300) -> AsyncIterator[bytes]:
+    """The body for a request with Transfer-Encoding: chunked."""
+    for start in range(0, len(body), size):
+        yield body[start : start + size]
+        await asyncio.sleep(0)
 
 
 def in_all_forms(bad: Any) -> list[tuple[Any, list[Any]]]:
@@ -153,8 +224,10 @@ class Says:
 
 
 # --- Vocabulary: services ----------------------------------------------------------------------
-# until, Answer, Feed, Service, InProcess, Process, Disk; serve, service, process, disk, queued,
-# commit_held, nothing_else_goes_wrong, locked, all_adds_up
+# until, memory; Answer, Feed, Connection, Service, InProcess, Process; serve, service, process;
+# Disk, Reads, Pace, Connections; queued, in_flight, subscribers, is_closed, commit_held, locked,
+# all_adds_up; errors_logged; what holds for every test: nothing_else_goes_wrong, nothing_hangs,
+# only_news_wakes_a_feed
 
 
 async def until(condition: Callable[[], Any]) -> Any:
@@ -168,6 +241,29 @@ async def until(condition: Callable[[], Any]) -> Any:
             return value
         assert time.monotonic() < deadline, f"waited in vain: {inspect.getsource(condition)}"
         await asyncio.sleep(0.005)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What Python's objects took: at the end, and at most."""
+
+    held: int = 0
+    peak: int = 0
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[Memory]:
+    """Measures the memory that its block takes; the garbage collector helps nobody meanwhile."""
+    found = Memory()
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        yield found
+        found.held, found.peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,14 +306,20 @@ class Feed:
         self.headers = {name.lower(): value for name, value in response.headers.items()}
         self._lines = response.content
 
-    async def block(self) -> dict[str, str] | None:
-        """The next block by its fields, that of a comment being ""; None at the end."""
-        fields: dict[str, str] = {}
+    async def line(self) -> str:
+        """The next line as it comes; "" at the end."""
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while line := (await self._lines.readline()).decode():
-                if line == "\n":
-                    return fields
-                name, _, value = line.removesuffix("\n").partition(":")
+            return (await self._lines.readline()).decode()
+
+    async def message(self) -> dict[str, str] | None:
+        """The next message by its fields, as a client understands it; None at the end."""
+        fields: dict[str, str] = {}
+        while line := await self.line():
+            if line == "\n":
+                assert "data" in fields, "some clients take a block without data for an event"
+                return fields
+            name, _, value = line.removesuffix("\n").partition(":")
+            if name:  # and not a comment
                 assert name not in fields, "an event is one line of data"
                 fields[name] = value.removeprefix(" ")
         return None
@@ -225,9 +327,9 @@ class Feed:
     async def take(self, count: int) -> list[tuple[int, dict[str, Any]]]:
         """The next events with their sequence numbers; fewer if the feed ends before."""
         found: list[tuple[int, dict[str, Any]]] = []
-        while len(found) < count and (block := await self.block()) is not None:
-            if "data" in block:
-                found.append((int(block["id"]), json.loads(block["data"])))
+        while len(found) < count and (message := await self.message()) is not None:
+            if "event" not in message:  # that would be a position
+                found.append((int(message["id"]), json.loads(message["data"])))
         return found
 
 
@@ -235,7 +337,8 @@ class Service:
     """An aggregator as a client sees it: an address; and its file, for the truth."""
 
     def __init__(self, db: Path) -> None:
-        self.db, self.port = db, 0
+        self.db = db
+        self.port = 0
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(PATIENCE_SECONDS),
@@ -285,9 +388,19 @@ class Service:
         document = (await self.ask("GET", "/stats")).document
         return tuple(document[name] for name in COUNTERS)
 
+    async def topics(self, **query: Any) -> dict[str, tuple[int, int, int]]:
+        """GET /topics: received, unique, duplicates of each topic, in order."""
+        document = (await self.ask("GET", "/topics", **query)).document
+        found = {
+            counts["topic"]: tuple(counts[name] for name in COUNTERS)
+            for counts in document["topics"]
+        }
+        assert document["count"] == len(document["topics"]) == len(found)
+        return found
+
     async def health(self) -> int:
-        """The status of GET /."""
-        return (await self.ask("GET", "/")).status
+        """The status of GET /health."""
+        return (await self.ask("GET", "/health")).status
 
     async def metric(self, sample: str) -> float:
         """One value of GET /metrics."""
@@ -308,7 +421,16 @@ class Service:
     @contextlib.asynccontextmanager
     async def connection(self, *sent: bytes) -> AsyncIterator[Connection]:
         """A socket to the service, for what no HTTP library would send."""
-        connection = Connection(*await asyncio.open_connection("127.0.0.1", self.port))
+        client = socket.socket()
+        client.setblocking(False)
+        # It takes in little that nobody reads, so that the service has to keep it.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        try:
+            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", self.port))
+        except BaseException:
+            client.close()
+            raise
+        connection = Connection(*await asyncio.open_connection(sock=client))
         try:
             await connection.send(*sent)
             yield connection
@@ -323,7 +445,8 @@ class Connection:
     """A client's socket."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self._writer = reader, writer
+        self.reader = reader
+        self._writer = writer
 
     async def send(self, *pieces: bytes) -> None:
         """Sends these bytes."""
@@ -340,6 +463,22 @@ class Connection:
             body = await self.reader.readexactly(int(headers["content-length"]))
         return Answer(int(status.split(" ")[1]), headers, body)
 
+    async def rest(self) -> bytes:
+        """All that still comes; raises ConnectionResetError if it is broken off."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return await self.reader.read()
+
+    def end(self) -> None:
+        """Sends nothing more, and still reads."""
+        with contextlib.suppress(OSError):
+            self._writer.write_eof()
+
+    def is_reset(self) -> bool:
+        """Whether the service has broken off the connection, though nobody reads from it."""
+        poll = select.poll()
+        poll.register(self._writer.get_extra_info("socket"), 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+
     def hang_up(self) -> None:
         """Closes the socket without a good-bye, whatever is still to be read."""
         self._writer.transport.abort()
@@ -352,14 +491,23 @@ def request(body: bytes, *, length: int | str | None = None, headers: str = "") 
     return head.encode() + body
 
 
+CHUNKED = b"POST /publish HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def reading(path: str, *, version: str = "1.1", accept: str = "*/*") -> bytes:
+    """A GET as it goes over the wire; the connection is to be closed after it."""
+    head = f"GET {path} HTTP/{version}\r\nHost: localhost\r\nAccept: {accept}\r\n"
+    return head.encode() + b"Connection: close\r\n\r\n"
+
+
 class InProcess(Service):
     """A service in this process, so that a test can reach its constants and its Store."""
 
     async def start(self, **settings: Any) -> None:
         """Starts it as `python aggregator.py` does, but for signals and the log."""
-        app = create_app(Settings(db=str(self.db), **settings))
+        self.app = create_app(Settings(db=str(self.db), **settings))
         self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=aggregator.SHUTDOWN_SECONDS
+            self.app, access_log=None, shutdown_timeout=aggregator.SHUTDOWN_SECONDS
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -400,26 +548,39 @@ class Process(Service):
     """A real `python aggregator.py`."""
 
     def __init__(
-        self, db: Path, log: Path, flags: Sequence[str], environment: dict[str, str]
+        self, db: Path, log: Path, command: Sequence[str], environment: dict[str, str]
     ) -> None:
         super().__init__(db)
-        self._arguments = [sys.executable, str(HERE / "aggregator.py"), *flags]
+        self._command = command
         self._environment = clean_environment(environment)
         self._log_file = log
         self.popen: subprocess.Popen[bytes] | None = None
 
-    async def start(self, *flags: str) -> None:
+    async def start(self, *flags: str, **environment: str) -> None:
         """Returns once it says where it listens."""
         heard = len(self.log())
-        with self._log_file.open("ab") as log:
-            self.popen = subprocess.Popen(
-                [*self._arguments, *flags], env=self._environment, stdout=log, stderr=log
-            )
+        with self.open_log() as log:
+            self.popen = self._spawn(flags, environment, log)
         place = re.compile(r"Running on http://localhost:(\d+)/")
         await until(lambda: place.search(self.log(), heard) or self.popen.poll() is not None)
         found = place.search(self.log(), heard)
         assert found, self.log()
         self.port = int(found[1])
+
+    def _spawn(
+        self, flags: Sequence[str], environment: dict[str, str], log: BinaryIO
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*self._command, *flags],
+            env=self._environment | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+    def open_log(self) -> BinaryIO:
+        """Where it writes."""
+        return self._log_file.open("ab")
 
     def log(self) -> str:
         """All that it has written so far."""
@@ -441,6 +602,28 @@ class Process(Service):
         return await self.ended()
 
 
+class PipedProcess(Process):
+    """One whose log goes into a pipe; nobody reads from it after the start."""
+
+    def open_log(self) -> BinaryIO:
+        self.pipe, writer = os.pipe()
+        os.set_blocking(self.pipe, False)
+        self._text = b""
+        return os.fdopen(writer, "wb")
+
+    def log(self) -> str:
+        if self.popen is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._text += os.read(self.pipe, 100)
+        return self._text.decode() if self.popen is not None else ""
+
+
+def free_port() -> int:
+    """One that was free a moment ago, for where nobody can say which one it got."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def clean_environment(changes: dict[str, str]) -> dict[str, str]:
     """The environment without what would be settings, and with these changes."""
     names = "HOST PORT DB_PATH LOG_LEVEL MAX_BODY_BYTES MAX_IN_FLIGHT_BYTES API_TOKEN"
@@ -454,10 +637,20 @@ async def process(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Proce
     processes: list[Process] = []
     usual = tmp_path / "data" / "events.db"
 
-    async def start(*flags: str, db: Path = usual, **environment: str) -> Process:
-        where = [] if "DB_PATH" in environment else ["--db", str(db)]
+    async def start(
+        *flags: str,
+        db: Path = usual,
+        program: Path = HERE / "aggregator.py",
+        python: Sequence[str] = (),
+        ulimit: str = "",
+        kind: type[Process] = Process,
+        **environment: str,
+    ) -> Process:
         log = tmp_path / f"{len(processes)}.log"
-        processes.append(Process(db, log, ["--port", "0", *where, *flags], environment))
+        command = [sys.executable, *python, str(program), "--port", "0", "--db", str(db), *flags]
+        if ulimit:
+            command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
+        processes.append(kind(db, log, command, environment))
         await processes[-1].start()
         return processes[-1]
 
@@ -476,17 +669,25 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.groups: list[int] = []  # the events in each commit that was begun
+        self.probes = 0  # commits of nothing
+        self.threads: set[str] = set()
         self.error: Exception | None = None
+        self.poison = ""  # the id of an event that the database refuses for what is in it
         self._free = threading.Event()
         self._free.set()
         really_commit = SqliteStore.commit
 
         def commit(store: SqliteStore, batches: Sequence[Batch]) -> Outcome:
-            if batches:  # and not a probe
+            self.threads.add(threading.current_thread().name)
+            if batches:
                 self.groups.append(sum(len(batch.topics) for batch in batches))
+            else:
+                self.probes += 1
             assert self._free.wait(PATIENCE_SECONDS)
             if self.error:
                 raise type(self.error)(*self.error.args)  # a new one, as its frames hold the group
+            if self.poison and any(self.poison in batch.event_ids for batch in batches):
+                raise aggregator.Unstorable("it is poisoned")
             return really_commit(store, batches)
 
         monkeypatch.setattr(SqliteStore, "commit", commit)
@@ -507,9 +708,146 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
+READS = ("last_seq", "page", "position", "find", "topics", "totals", "size")
+
+
+class Reads:
+    """The reading methods of the store under the test's control: counted, held up, made to fail.
+
+    What is held up has been read already. There is one thread for reading: all others wait, too.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []  # the methods with their arguments
+        self.threads: set[str] = set()
+        self.error: Exception | None = None
+        self.failing: Sequence[str] = READS  # the methods that raise the error
+        self.good_calls = 0  # of theirs that go well before
+        self.waiting = 0  # calls that are held up
+        self._held = ""  # the method that is held up
+        self._free = threading.Event()
+        for name in READS:
+            monkeypatch.setattr(SqliteStore, name, self._watched(name, getattr(SqliteStore, name)))
+
+    def _watched(self, name: str, really_read: Callable[..., Any]) -> Callable[..., Any]:
+        def read(store: SqliteStore, *arguments: Any) -> Any:
+            self.calls.append((name, arguments))
+            self.threads.add(threading.current_thread().name)
+            if self.error and name in self.failing:
+                self.good_calls -= 1
+                if self.good_calls < 0:
+                    raise type(self.error)(*self.error.args)
+            found = really_read(store, *arguments)
+            if name == self._held:
+                self.waiting += 1
+                assert self._free.wait(PATIENCE_SECONDS)
+                self.waiting -= 1
+            return found
+
+        return read
+
+    def count(self, name: str) -> int:
+        """How often this method was called."""
+        return sum(called == name for called, _ in self.calls)
+
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """No call of this method gets any further while this lasts."""
+        self._free.clear()
+        self._held = name
+        try:
+            yield
+        finally:
+            self._held = ""
+            self._free.set()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Ask for it before `service`."""
+    return Reads(monkeypatch)
+
+
+class Pace(float):
+    """FEED_PAGE_SECONDS under the test's control: its sleeps are noted, and can be held up."""
+
+    def __init__(self, _seconds: float) -> None:
+        self.active: list[int] = []  # the feeds that shared the pace, at each sleep
+        self.waiting = 0  # sleeps that are held up
+        self._free = asyncio.Event()
+        self._free.set()
+
+    def __mul__(self, active: Any) -> float:
+        self.active.append(active)
+        return self
+
+    async def sleep(self) -> None:
+        """In place of asyncio.sleep for this time."""
+        self.waiting += 1
+        await self._free.wait()
+        self.waiting -= 1
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No feed goes on after a page while this lasts."""
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._free.set()
+
+    def release(self) -> None:
+        """Lets those go on that wait."""
+        self._free.set()
+
+
+@pytest.fixture
+def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
+    """How live feeds give way to publishing."""
+    really_sleep = asyncio.sleep
+
+    async def sleep(seconds: float, *result: Any) -> Any:
+        if isinstance(seconds, Pace):
+            await seconds.sleep()
+        return await really_sleep(0 if isinstance(seconds, Pace) else seconds, *result)
+
+    found = Pace(0.002)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(aggregator, "FEED_PAGE_SECONDS", found)
+    return found
+
+
 async def queued(service: Service, requests: int) -> bool:
     """Whether so many requests wait behind the group that is being committed."""
     return await service.metric("aggregator_requests_queued") == requests
+
+
+async def in_flight(service: Service, size: int) -> bool:
+    """Whether bodies of exactly this size are in flight."""
+    return await service.metric("aggregator_in_flight_bytes") == size
+
+
+async def subscribers(service: Service, count: int) -> bool:
+    """Whether there are so many live feeds."""
+    return await service.metric("aggregator_live_subscribers") == count
+
+
+async def is_closed(service: Service) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        async with service.connection():
+            return False
+    except ConnectionError:
+        return True
+
+
+async def queue_up(
+    service: Service, waiting: list[asyncio.Task[Answer]], bodies: Iterable[Any]
+) -> None:
+    """Publishes bodies one by one, behind the commit that is held."""
+    for body in bodies:
+        waiting.append(asyncio.create_task(service.publish(body)))
+        await until(lambda: queued(service, len(waiting) - 1))
 
 
 @contextlib.asynccontextmanager
@@ -530,7 +868,86 @@ def nothing_else_goes_wrong(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def is_error(record: logging.LogRecord) -> bool:
-    return record.name == "aggregator" and record.levelno >= logging.ERROR
+    return record.name in ("aggregator", "asyncio") and record.levelno >= logging.ERROR
+
+
+def errors_logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as an error; they are expected, and so they are cleared."""
+    found = [record.getMessage() for record in caplog.records if is_error(record)]
+    caplog.clear()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs() -> Iterator[None]:
+    """A test that hangs fails."""
+
+    def fail(number: int, frame: Any) -> None:
+        raise AssertionError(f"it hangs for {HANG_SECONDS} s")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def only_news_wakes_a_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heartbeat would hide that a feed was not told of an event."""
+    monkeypatch.setattr(aggregator, "HEARTBEAT_SECONDS", 3600.0)
+
+
+class Connections:
+    """All connections to SQLite that were made, watched from inside of SQLite."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[sqlite3.Connection] = []
+        self.steps = 0  # of SQLite's virtual machine, while they are counted
+        self.statements: list[str] = []  # with their values, while they are noted
+        really_connect = sqlite3.connect
+
+        def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+            self.made.append(really_connect(*arguments, **options))
+            return self.made[-1]
+
+        monkeypatch.setattr(sqlite3, "connect", connect)
+
+    def count_steps(self) -> None:
+        """From now on; a measure of work that is the same on all machines."""
+        for connection in self.made:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
+                connection.set_progress_handler(self._step, 1)
+
+    def _step(self) -> int:
+        self.steps += 1
+        return 0
+
+    def note_statements(self) -> None:
+        """From now on."""
+        for connection in self.made:
+            with contextlib.suppress(sqlite3.ProgrammingError):
+                connection.set_trace_callback(self.statements.append)
+
+    def refuse_checkpoints(self, refuse: bool) -> None:
+        """Lets every checkpoint fail, or work again."""
+
+        def judge(action: int, name: str | None, *_: str | None) -> int:
+            is_checkpoint = action == sqlite3.SQLITE_PRAGMA and name == "wal_checkpoint"
+            return sqlite3.SQLITE_DENY if is_checkpoint else sqlite3.SQLITE_OK
+
+        for connection in self.made:
+            with contextlib.suppress(sqlite3.ProgrammingError):
+                connection.set_authorizer(judge if refuse else None)
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
+    """Ask for it before `service`."""
+    return Connections(monkeypatch)
 
 
 @contextlib.contextmanager
@@ -552,120 +969,68 @@ async def all_adds_up(service: Service) -> list[dict[str, Any]]:
     assert received == unique + duplicates
     answer = (await service.ask("GET", "/stats")).document
     assert answer["topics"] == sorted({row["topic"] for row in truth})
+    topics = await service.topics()
+    assert list(topics) == answer["topics"]
+    assert {topic: counts[1] for topic, counts in topics.items()} == Counter(
+        row["topic"] for row in truth
+    )
+    assert all(got == new + again for got, new, again in topics.values())
+    assert sum(got for got, _, _ in topics.values()) == received
     assert same_json(await service.stored(), truth)
     return truth
 
 
 # --- Starting it -------------------------------------------------------------------------------
 
-# What is wrong: flags, variables, a word of the line that says so. Each has a {folder} of its own
-# with `text` (no database), `newer.db`, `other.db` in it; {port} is in use.
-STARTS_THAT_FAIL = {
-    "a port that is no number": (["--port", "many"], {}, "port"),
-    "a port in the environment that is no number": ([], {"PORT": "many"}, "port"),
-    "a port in use": (["--port", "{port}"], {}, "{port}"),
-    "a host that is no name": (["--host", ".."], {}, ".."),
-    "an unknown log level": (["--log-level", "LOUD"], {}, "LOUD"),
-    "room for less than one body": (["--max-in-flight-bytes", "1000"], {}, "in-flight"),
-    "a token that no header can carry": (["--api-token", "a b"], {}, "token"),
-    "a database that is a folder": (["--db", "{folder}"], {}, "{folder}"),
-    "a database in a folder that cannot be": (["--db", "{folder}/text/x.db"], {}, "text/x.db"),
-    "a file that is no database": (["--db", "{folder}/text"], {}, "{folder}/text"),
-    "a database that would be nowhere": (["--db", ":memory:"], {}, ":memory:"),
-    "a database of a newer version": (["--db", "{folder}/newer.db"], {}, "newer"),
-    "a database of another program": (["--db", "{folder}/other.db"], {}, "other.db"),
-}
+# What is wrong: flags, variables, a word of the line that says so.
+BAD_SETTINGS: list[tuple[list[str], dict[str, str], str]] = [
+    (["--port", "many"], {}, "port"),
+    ([], {"PORT": "many"}, "port"),
+    ([], {"PORT": "8080.0"}, "port"),
+    (["--port", "65536"], {}, "65536"),
+    (["--port", "-1"], {}, "-1"),
+    (["--log-level", "LOUD"], {}, "LOUD"),
+    (["--log-level", "CRITICAL"], {}, "CRITICAL"),
+    (["--max-body-bytes", "0"], {}, "max-body-bytes"),
+    (["--max-in-flight-bytes", "1000"], {}, "in-flight"),  # room for less than one body
+    (["--max-in-flight-bytes", str(2**63)], {}, "in-flight"),
+    (["--api-token", "a b"], {}, "token"),  # no header could carry these
+    ([], {"API_TOKEN": "a\n"}, "token"),
+    (["--api-token", "é"], {}, "token"),
+    (["--nonsense"], {}, "nonsense"),
+    (["--por", "1"], {}, "--por"),  # no abbreviations: tomorrow they could mean something else
+    (["8080"], {}, "8080"),
+]
 
 
-@dataclass(frozen=True, slots=True)
-class FailedStart:
-    """What became of one of STARTS_THAT_FAIL."""
-
-    code: int
-    out: str
-    err: str
-    word: str
-    folder: Path
-
-
-@pytest.fixture(scope="module")
-def failed_starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FailedStart]:
-    """All of STARTS_THAT_FAIL, run side by side."""
-    running = {}
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        for case, (flags, environment, word) in STARTS_THAT_FAIL.items():
-            folder = tmp_path_factory.mktemp("start")
-            (folder / "text").write_text("Dear diary, today I was taken for a database. " * 50)
-            for name, sql in ("newer", "PRAGMA user_version = 99"), ("other", "CREATE TABLE t (x)"):
-                with contextlib.closing(sqlite3.connect(folder / f"{name}.db")) as db:
-                    db.execute(sql)
-
-            def fill(text: str, folder: Path = folder) -> str:
-                return text.format(folder=folder, port=taken.getsockname()[1])
-
-            usual = [] if "PORT" in environment else ["--port", "0"]
-            arguments = ["--db", f"{folder}/events.db", *usual, *map(fill, flags)]
-            popen = subprocess.Popen(
-                [sys.executable, str(HERE / "aggregator.py"), *arguments],
-                env=clean_environment(environment),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            running[case] = popen, fill(word), folder
-        ended = {}
-        for case, (popen, word, folder) in running.items():
-            try:
-                out, err = popen.communicate(timeout=PATIENCE_SECONDS)
-            except subprocess.TimeoutExpired:  # it serves, and should not
-                popen.kill()
-                out, err = popen.communicate()
-            ended[case] = FailedStart(popen.returncode, out, err, word, folder)
-    return ended
-
-
-@pytest.mark.parametrize("case", STARTS_THAT_FAIL)
-def test_a_start_that_fails_says_why_in_one_line(
-    case: str, failed_starts: dict[str, FailedStart]
+@pytest.mark.parametrize(("flags", "variables", "word"), BAD_SETTINGS)
+def test_a_setting_that_makes_no_sense_is_one_line(
+    flags: list[str], variables: dict[str, str], word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = failed_starts[case]
-    assert start.code > 0
-    assert start.out == ""
-    assert start.err.count("\n") == 1 and start.err.endswith("\n"), start.err
-    assert "Traceback" not in start.err
-    assert start.word in start.err
+    with pytest.raises(SystemExit) as ended:
+        aggregator.read_settings(flags, variables)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("aggregator: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert word in err
 
 
-def test_a_failed_start_leaves_what_belongs_to_others_as_it_was(
-    failed_starts: dict[str, FailedStart],
-) -> None:
-    folder = failed_starts["a database of another program"].folder
-    with contextlib.closing(sqlite3.connect(folder / "other.db")) as db:
-        assert db.execute("SELECT name FROM sqlite_schema").fetchall() == [("t",)]
-        assert db.execute("PRAGMA user_version").fetchone() == (0,)
-        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
-    folder = failed_starts["a file that is no database"].folder
-    assert (folder / "text").read_text().startswith("Dear diary")
-
-
-async def test_a_flag_wins_over_its_variable_and_that_over_the_default(
-    process: StartProcess, tmp_path: Path
-) -> None:
-    db = tmp_path / "a folder" / "that is made" / "events.db"
-    service = await process(
-        *("--log-level", "INFO", "--max-in-flight-bytes", "5000000"),
-        db=db,
-        PORT="1",  # --port 0 is among the flags
-        DB_PATH=str(db),
-        LOG_LEVEL="ERROR",
-        MAX_BODY_BYTES="300",
-        MAX_IN_FLIGHT_BYTES="1",
-    )
-    assert (await service.publish(event())).counts == (1, 1, 0)
-    assert rows(db) == [event()]
-    (await service.publish(event(payload={"text": "x" * 300}))).detail(413)
-    assert await service.terminate(signal.SIGINT) == 0
-    assert "Processed new" in service.log()
+def test_a_flag_wins_over_its_variable_and_that_over_the_default() -> None:
+    variables = {each.metadata["variable"]: "" for each in dataclasses.fields(Settings)}
+    assert aggregator.read_settings([], {}) == Settings()
+    assert aggregator.read_settings([], variables) == Settings(), "an empty one is none"
+    variables |= {"HOST": "::1", "PORT": "1", "DB_PATH": "a.db", "LOG_LEVEL": "error"}
+    variables |= {"MAX_BODY_BYTES": "300", "MAX_IN_FLIGHT_BYTES": "400", "API_TOKEN": "t0ken"}
+    expected = Settings("::1", 1, "a.db", "ERROR", 300, 400, "t0ken")
+    assert aggregator.read_settings([], variables) == expected
+    flags = ["--port=0", "--db=b.db", "--log-level", "Debug", "--max-body-bytes", "400"]
+    changes = {"port": 0, "db": "b.db", "log_level": "DEBUG", "max_body_bytes": 400}
+    assert aggregator.read_settings(flags, variables) == dataclasses.replace(expected, **changes)
+    flags = ["--host", "h", "--max-in-flight-bytes", "500", "--api-token", "!~"]
+    changes = {"host": "h", "max_in_flight_bytes": 500, "api_token": "!~"}
+    assert aggregator.read_settings(flags, variables) == dataclasses.replace(expected, **changes)
+    assert aggregator.read_settings(["--port", "65535"], {}).port == 65_535
 
 
 def test_its_defaults_are_safe_and_those_of_the_contract() -> None:
@@ -674,6 +1039,367 @@ def test_its_defaults_are_safe_and_those_of_the_contract() -> None:
     assert (settings.log_level, settings.max_body_bytes) == ("INFO", 4 * 1024 * 1024)
     assert settings.max_body_bytes <= settings.max_in_flight_bytes
     assert not settings.api_token
+
+
+def test_help_says_what_each_flag_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        aggregator.read_settings(["--help"], {})
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for each in dataclasses.fields(Settings):
+        flag = "--" + each.name.replace("_", "-")
+        meaning = re.search(rf"{flag} [A-Z_]+ (.+?) \(default: (.+?); environment: (\w+)\)", text)
+        assert meaning and len(meaning[1]) > 10, flag
+        assert meaning[2] == (str(each.default) or "none")
+        assert meaning[3] == each.metadata["variable"]
+
+
+def test_version_says_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        aggregator.read_settings(["--version"], {})
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "Event Aggregator 1.0.0\n"
+
+
+def diary(path: Path) -> None:
+    path.write_text("Dear diary, today I was taken for a database. " * 50)
+
+
+def sqlite_file(*statements: str) -> Callable[[Path], None]:
+    """What makes a SQLite file with these statements."""
+
+    def make(path: Path) -> None:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(";".join(statements))
+
+    return make
+
+
+VERSION_1 = """
+    CREATE TABLE topics (
+        id         INTEGER PRIMARY KEY,
+        name       TEXT NOT NULL UNIQUE,
+        received   INTEGER NOT NULL,
+        duplicates INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE TABLE events (
+        seq       INTEGER PRIMARY KEY,
+        topic_id  INTEGER NOT NULL REFERENCES topics (id),
+        event_id  TEXT NOT NULL,
+        timestamp TEXT NOT NULL,
+        source    TEXT NOT NULL,
+        payload   TEXT NOT NULL,
+        UNIQUE (topic_id, event_id)
+    );
+    CREATE INDEX events_of_topic ON events (topic_id);
+    PRAGMA user_version = 1;
+    PRAGMA journal_mode = WAL;
+    INSERT INTO topics VALUES (1, 'b', 7, 5), (2, 'a', 3, 2);
+    INSERT INTO events VALUES
+        (1, 1, '1', '2025-10-24T10:30:00Z', 's', '{"n":1}'),
+        (4, 2, '1', '2025-10-24T10:30:00Z', 's', '{"n":2}'),
+        (5, 1, '2', '2025-10-24T10:30:00Z', 's', '{"n":3}');
+"""
+
+
+def unfinished(path: Path) -> None:
+    """A database whose program has died: what it wrote last is in the log only."""
+    with contextlib.closing(sqlite3.connect(f"{path}.old")) as db:
+        db.executescript("PRAGMA journal_mode = WAL; CREATE TABLE t (x); INSERT INTO t VALUES (1)")
+        for ending in "", "-wal":
+            shutil.copy(f"{path}.old{ending}", f"{path}{ending}")
+    Path(f"{path}.old").unlink()
+
+
+OTHER_TABLES = ["CREATE TABLE events (seq, topic_id)", "CREATE TABLE topics (id)"]
+# Files that it must not touch, and a word of the line that says so.
+FOREIGN_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a folder": (Path.mkdir, "cannot"),
+    "no database": (diary, "not a database"),
+    "another program's": (sqlite_file("CREATE TABLE t (x)"), "another program"),
+    "another program's, of version 1": (
+        sqlite_file("CREATE TABLE t (x)", "PRAGMA user_version = 1"),
+        "another program",
+    ),
+    "another program's, with our names": (
+        sqlite_file(*OTHER_TABLES, "PRAGMA user_version = 1"),
+        "another program",
+    ),
+    "another program's, empty but marked": (
+        sqlite_file("PRAGMA application_id = 252006673", "PRAGMA user_version = 1"),
+        "another program",
+    ),
+    "another program's, with a version alone": (
+        sqlite_file("PRAGMA user_version = 99"),
+        "another program",
+    ),
+    "another program's, with our tables": (
+        sqlite_file(VERSION_1, "PRAGMA application_id = 7"),
+        "another program",
+    ),
+    "another program's, in the middle of its work": (unfinished, "another program"),
+    "of a newer version": (
+        sqlite_file(
+            f"PRAGMA application_id = {aggregator.APPLICATION_ID}",
+            f"PRAGMA user_version = {aggregator.SCHEMA_VERSION + 1}",
+        ),
+        "newer version",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_FILES)
+def test_a_file_of_others_is_left_byte_for_byte(case: str, tmp_path: Path) -> None:
+    make, word = FOREIGN_FILES[case]
+    file = tmp_path / "other.db"
+    make(file)
+
+    def look() -> dict[Path, tuple[bytes, int]]:
+        files = [path for path in tmp_path.iterdir() if path.is_file()]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = look()
+    with pytest.raises(aggregator.StoreError) as refused:
+        SqliteStore(str(file))
+    why = str(refused.value)
+    assert word in why and str(file) in why and "\n" not in why
+    assert look().items() >= before.items()
+
+
+@pytest.mark.parametrize("db", [":memory:", "{folder}/text/x.db"])
+def test_a_database_that_cannot_be_there_is_named(db: str, tmp_path: Path) -> None:
+    diary(tmp_path / "text")
+    with pytest.raises(aggregator.StoreError, match="cannot use the database"):
+        SqliteStore(db.format(folder=tmp_path))
+
+
+def test_a_sqlite_older_than_3_38_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 37, 99))
+    with pytest.raises(aggregator.StoreError, match="3.38"):
+        SqliteStore(str(tmp_path / "events.db"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 38, 0))
+    SqliteStore(str(tmp_path / "events.db")).close()
+
+
+async def test_a_start_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+    sqlite_file("CREATE TABLE t (x)")(other)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = {  # the flags, and what the line ends in
+            f"already in use; try --port {port + 1}": ["--port", port],
+            "it belongs to another program; name another file": ["--db", other],
+        }
+        usual = ["--port", 0, "--db", tmp_path / "x.db"]
+        running = [run_aggregator(*usual, *flags) for flags in cases.values()]
+        for popen, end in zip(running, cases):
+            out, err = await asyncio.to_thread(finished, popen)
+            assert (popen.returncode, out) == (1, "")
+            assert err.startswith("aggregator: cannot ") and err.count("\n") == 1
+            assert err.removesuffix("\n").endswith(end), err
+
+
+def run_aggregator(*flags: object) -> subprocess.Popen[str]:
+    """A process that should end by itself."""
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "aggregator.py"), *map(str, flags)],
+        env=clean_environment({}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(popen: subprocess.Popen[str]) -> tuple[str, str]:
+    """stdout and stderr of a process that should end by itself."""
+    try:
+        return popen.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:  # it serves, and should not
+        popen.kill()
+        return popen.communicate()
+
+
+# As on Windows: what POSIX alone has is taken away, and os.name says so.
+NO_POSIX = """
+import aiohttp.web, asyncio.unix_events, ctypes, os, pathlib, signal, sys
+def refuse(*arguments, **names):
+    raise NotImplementedError
+sys.modules["resource"] = None
+ctypes.CDLL = refuse
+asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = refuse
+for name in "SIGALRM", "alarm", "setitimer":
+    delattr(signal, name)
+os.open = refuse  # of a folder, to fsync it
+for module in pathlib, sys.modules.get("pathlib._local", pathlib):
+    module.WindowsPath = pathlib.PosixPath
+os.name = "nt"
+"""
+
+
+@posix
+async def test_it_runs_without_what_only_posix_has(process: StartProcess, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NO_POSIX)
+    service = await process(PYTHONPATH=str(tmp_path))
+    assert (await service.publish([event(), event()])).counts == (2, 1, 1)
+    assert await service.stored() == [event()]
+    assert await service.health() == 200
+    assert await service.terminate(signal.SIGINT) == 0
+    assert "Traceback" not in service.log()
+
+
+@posix
+async def test_it_runs_without_standard_streams(tmp_path: Path) -> None:
+    service = Service(tmp_path / "events.db")
+    service.port = free_port()
+    flags = f"--port {service.port} --db {service.db}"
+    command = f"exec {sys.executable} {HERE / 'aggregator.py'} {flags} <&- >&- 2>&-"
+    popen = await asyncio.create_subprocess_shell(command, env=clean_environment({}))
+    try:
+
+        async def runs() -> bool:
+            return not await is_closed(service)
+
+        await until(runs)
+        assert (await service.publish([event(), event()])).counts == (2, 1, 1)
+        popen.terminate()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert await popen.wait() == 0
+    finally:
+        await service.session.close()
+        if popen.returncode is None:
+            popen.kill()
+            await popen.wait()
+
+
+async def test_it_introduces_itself_and_says_that_it_has_stopped(
+    process: StartProcess, tmp_path: Path
+) -> None:
+    db = tmp_path / "a folder" / "that is made" / "events.db"
+    link = tmp_path / "link.py"  # as deployments have them
+    link.symlink_to(HERE / "aggregator.py")
+    service = await process(
+        *("--log-level", "ERROR"), db=db, program=link, python=["-OO"], API_TOKEN="t0ken"
+    )
+    service.session.headers["Authorization"] = "Bearer t0ken"
+    assert (await service.publish(numbered([1, 2, 2]))).counts == (3, 2, 1)
+    html = await service.ask("GET", "/", headers={"Accept": "text/html"})
+    assert html.headers["content-type"].startswith("text/html"), "the page is found"
+    assert await service.terminate(signal.SIGINT) == 0
+    await service.start("--log-level", "warning", "--host", "0.0.0.0", API_TOKEN="")
+    assert await service.terminate() == 0
+    said = [line.partition(" - INFO - ")[2] for line in service.log().splitlines()]
+    ports = re.findall(r"localhost:(\d+)/ ", service.log())
+    for text, events, token, port in (
+        (said[:7], 0, "set", ports[0]),
+        (said[7:], 2, "not set, so who reaches the address may use it", ports[1]),
+    ):
+        assert text == [
+            "Event Aggregator 1.0.0",
+            f"Database: {db}, {events} events",
+            f"API token: {token}",
+            f"Running on http://localhost:{port}/ (Ctrl-C stops it)",
+            f"Try: open it in a browser, or python publisher.py --url http://localhost:{port}/",
+            "Stopping: what was accepted is stored",
+            "Stopped",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("host", "link"),
+    [
+        ("0.0.0.0", "http://localhost:80/"),
+        ("::", "http://localhost:80/"),
+        ("127.0.0.1", "http://localhost:80/"),
+        ("::1", "http://[::1]:80/"),
+        ("192.0.2.1", "http://192.0.2.1:80/"),
+        ("2001:db8::1", "http://[2001:db8::1]:80/"),
+    ],
+)
+def test_the_link_works_where_it_is_read(host: str, link: str) -> None:
+    assert aggregator.link(host, 80) == link
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+async def test_every_address_means_ipv4_too(process: StartProcess) -> None:
+    service = await process("--host", "::")
+    assert await service.health() == 200
+    async with service.session.get(f"http://[::1]:{service.port}/health") as response:
+        assert response.status == 200
+
+
+async def test_many_first_starts_at_once_all_succeed(tmp_path: Path) -> None:
+    db = str(tmp_path / "new folder" / "events.db")
+    at_once = threading.Barrier(8)
+
+    def open_and_close() -> None:
+        at_once.wait(PATIENCE_SECONDS)
+        SqliteStore(db).close()
+
+    with ThreadPoolExecutor(8) as threads:
+        for started in [threads.submit(open_and_close) for _ in range(8)]:
+            started.result(PATIENCE_SECONDS)
+
+
+async def test_a_start_waits_for_others_who_make_the_file(
+    connections: Connections, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(aggregator, "BUSY_SECONDS", 0.0)
+    db = str(tmp_path / "events.db")
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        starting = asyncio.create_task(asyncio.to_thread(SqliteStore, db))
+        await until(lambda: len(connections.made) >= 2)
+        await asyncio.sleep(0.05)  # it tries in vain
+        assert not starting.done()
+        other.execute("COMMIT")
+        (await starting).close()
+        other.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(aggregator, "OPEN_SECONDS", 0.05)
+        with pytest.raises(aggregator.StoreError, match="locked"):
+            await asyncio.to_thread(SqliteStore, db)
+
+
+@posix
+def test_a_folder_that_is_made_is_there_after_a_power_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def noted_fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    SqliteStore(str(tmp_path / "a" / "b" / "events.db")).close()
+    assert {tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino} <= synced
+
+
+async def test_a_file_of_version_1_0_0_opens_with_its_counters(
+    serve: Serve, tmp_path: Path
+) -> None:
+    db = tmp_path / "old.db"
+    sqlite_file(VERSION_1)(db)
+    for number, counters in enumerate([(10, 3, 7), (13, 4, 9), (16, 5, 11)]):
+        service = await serve(db)  # the second time, it is a file of today
+        assert await service.stats() == counters
+        assert await service.topics() == {
+            "a": (3 + 2 * number, 1 + number, 2 + number),
+            "b": (7 + number, 2, 5 + number),
+        }
+        await all_adds_up(service)
+        batch = [event(topic="b"), event(topic="a", event_id=f"new {number}"), event(topic="a")]
+        assert (await service.publish(batch)).counts == (3, 1, 2)
+        await service.stop()
+    with contextlib.closing(sqlite3.connect(db)) as opened:
+        marks = [opened.execute(f"PRAGMA {name}").fetchone()[0] for name in MARKS]
+    assert marks == [aggregator.APPLICATION_ID, 2], "so the version before refuses it"
+
+
+MARKS = ["application_id", "user_version"]
 
 
 # --- Where it runs -----------------------------------------------------------------------------
@@ -994,7 +1720,7 @@ PAYLOADS = {
     "NUL in keys and values": r'{"a\u0000b": "c\u0000d", "\u0000": "\u0000"}',
     "what looks like SQL or JSON": '{"$.a": "{}", "[0]": "json(\'1\')", "null": "null"}',
     "large integers": json.dumps({"n": [2**53 + 1, 2**63 - 1, 2**63, -(2**63) - 1, 2**64, 10**99]}),
-    "an integer of 4300 digits": '{"n": %s, "m": -%s}' % ("9" * 4300, "1" + "0" * 4299),
+    "an integer of 4300 digits": json.dumps({"n": 10**4300 - 1, "m": -(10**4299)}),
     "floats": '{"n": [0.1, 1e308, 5e-324, -0.0, 0.0, 1E5, 1e16, 0.30000000000000004, -2.5e-7]}',
     "as precise as a float can be": '{"n": [1.7976931348623157e308, 123456789.12345678, 1e-400]}',
     "duplicated keys": '{"a": 1, "b": {"c": 2, "c": 3}, "a": {"d": 4}}',
@@ -1013,40 +1739,30 @@ async def test_a_payload_comes_back_equal(case: str, service: InProcess) -> None
     assert same_json(rows(service.db), [expected])
 
 
-async def test_a_payload_nested_as_deep_as_the_parsers_take_is_kept_and_a_deeper_one_refused(
-    service: InProcess,
-) -> None:
-    def nested(depth: int) -> bytes:
-        return b'{"a":' * depth + b"1" + b"}" * depth
-
-    async def accepts(depth: int) -> bool:
-        body = json_of(event(event_id=str(depth), payload="HERE"))
-        answer = await service.publish(body.replace(b'"HERE"', nested(depth)))
-        if answer.status == 202:
-            # Compared as text: this test's parser, too, has its limits.
-            stored = await service.ask("GET", "/events", after=answered)
-            assert nested(depth) in stored.body
-            return True
-        (fault,) = answer.detail(422)
-        assert fault["type"] == "json_invalid"
-        return False
-
-    answered = 0
-    depths = [100, 500, *range(930, 1030), 5000, 50_000]
-    taken = [depth for depth in depths if await accepts(depth)]
-    assert taken == depths[: len(taken)] and 500 in taken and 5000 not in taken
+async def test_json_may_be_nested_500_levels_and_no_more(service: InProcess) -> None:
+    for form, levels in (b"%b", 1), (b"[%b]", 2), (b'{"events": [%b]}', 3):
+        fits = form % nested_event(500 - levels, topic=f"{levels}")
+        assert (await service.publish(fits)).counts == (1, 1, 0)
+        stored = await service.ask("GET", "/events", topic=f"{levels}")
+        assert nested(500 - levels) in stored.body  # as text: this parser, too, has its limits
+        for depth in 501 - levels, 502, 1000, 20_000:
+            (fault,) = (await service.publish(form % nested_event(depth))).detail(422)
+            assert fault == TOO_DEEP
+    beside = b"[%b,%b]" % (nested_event(498, event_id="2"), nested_event(100, event_id="3"))
+    assert (await service.publish(beside)).counts == (2, 2, 0)
+    (fault,) = (await service.publish(b"[%b,{}]" % nested_event(499))).detail(422)
+    assert fault == TOO_DEEP
 
 
 @pytest.mark.parametrize("form", [b"%b", b"[%b]", b'{"events":[%b]}'])
 def test_a_bad_event_is_refused_at_every_depth_of_nesting(form: bytes) -> None:
-    start = json_of(event(topic=1, payload="HERE"))
-    for depth in range(900, 1010):  # somewhere there is what Python reads and cannot write
-        payload = b'{"a":' * depth + b"1" + b"}" * depth
-        (fault,) = faults_of(form % start.replace(b'"HERE"', payload))
-        assert fault["type"] in ("string_type", "json_invalid")
+    for depth in 1, 100, 495, 496, 497, 498, 499, 500, 501, 990, 1000, 1010, 5000:
+        (fault,) = faults_of(form % nested_event(depth, topic=1))
+        assert fault["type"] == ("string_type" if depth + form.count(b"[") < 498 else ANY)
+        assert fault["type"] == "string_type" or fault == TOO_DEEP
 
 
-async def test_white_space_around_topic_id_and_source_is_stripped_and_no_part_of_the_identity(
+async def test_white_space_around_names_is_no_part_of_the_identity(
     service: InProcess,
 ) -> None:
     padded = event(topic="  a b\t", event_id="\r\n1\u3000", source="\u00a0s\n")
@@ -1055,7 +1771,7 @@ async def test_white_space_around_topic_id_and_source_is_stripped_and_no_part_of
     assert await service.stored() == [event(topic="a b", event_id="1", source="s")]
 
 
-async def test_a_name_has_up_to_512_characters_not_counting_what_is_stripped(
+async def test_a_name_has_512_characters_without_what_is_stripped(
     service: InProcess,
 ) -> None:
     name = "🎉" * 512
@@ -1066,7 +1782,11 @@ async def test_a_name_has_up_to_512_characters_not_counting_what_is_stripped(
 
 @pytest.mark.parametrize(
     "name",
-    [*'-0%"\\🎉\ufeff', "null", "a b", "$.a", "{}", "[0]", "'; --", "a\u0301"],
+    [
+        *'-0%"\\🎉\ufeff~',
+        *("null", "a b", "$.a", "{}", "[0]", "'; --", "a\u0301", "a\xa0b", "a\u2027\u202ab"),
+        *("\ud7ff\ue000", "a\u200bb", "\U0010ffff"),
+    ],
 )
 async def test_a_name_may_be_any_text_without_control_characters(
     name: str, service: InProcess
@@ -1093,7 +1813,7 @@ async def test_a_name_may_be_any_text_without_control_characters(
         ({"event_id": "１"}, True),
     ],
 )
-async def test_topic_and_event_id_are_the_identity_and_the_first_event_with_it_is_kept(
+async def test_the_first_event_with_an_identity_is_kept(
     changes: dict[str, Any], is_new: bool, service: InProcess
 ) -> None:
     await service.publish(event())
@@ -1119,6 +1839,20 @@ TIMESTAMPS = [
     "2024-02-29T23:59:59Z",
     "0001-01-01T00:00:00Z",
     "9999-12-31T23:59:59.999999-12:00",
+    "2025-10-24t10:30:00z",
+    "2025-10-24T10:30Z",
+    "2025-10-24T10:30:00,25Z",
+    "2025-10-24T10:30:00+07",
+    "2025-10-24T10:30:00+0730",
+    "2025-10-24T10:30:00-0000",
+    "2025-10-24T23:59:59+23:59",
+    "2016-12-31T23:59:60Z",
+    "2016-12-31 23:59:60.999",
+]
+LEAP_SECONDS_ELSEWHERE = [
+    "2015-06-30T19:59:60-04:00",
+    "2017-01-01T05:29:60+05:30",
+    "1972-06-30T23:29:60-0030",
 ]
 NO_TIMESTAMPS = [
     "",
@@ -1139,6 +1873,26 @@ NO_TIMESTAMPS = [
     "2025-10-24T10:30:00+25:00",
     "2025-10-24T10:30:00+02:75",
     "2025-10-24T10:30:00.Z",
+    "2025-10-24T10:30:00.1234567890Z",
+    "2025-10-24T10:30:00." + "1" * 100_000 + "Z",
+    "2025-10-24T10:30:00,",
+    "2025-10-24T10:30:00 Z",
+    "2025-10-24T10:30:00+7",
+    "2025-10-24T10:30:00+07:",
+    "2025-10-24T10:30:00+073",
+    "2025-10-24T10:30:00+24:00",
+    "2025-10-24T10:30:00+07:60",
+    "2025-10-24T24:00:00Z",
+    "2025-10-24T10:60:00Z",
+    "2025-10-24T10:30:61Z",
+    "2025-10-24T1:30:00Z",
+    "0000-01-01T00:00:00Z",
+    "2016-12-31T23:58:60Z",
+    "2016-12-31T22:59:60Z",
+    "2016-12-30T23:59:60Z",
+    "2016-12-31T23:59:60+01:00",
+    "2017-01-01T05:29:60-05:30",
+    "0001-01-01T00:00:60+01:00",
     "2025-10-24T10:30:00ZZ",
     "2025-10-24T10:30:00Z and so on",
     "2025-10-24T10:30:00Z\n",
@@ -1148,12 +1902,38 @@ NO_TIMESTAMPS = [
 ]
 
 
-async def test_a_timestamp_is_an_iso_8601_date_and_time_and_kept_as_it_was_written(
+async def test_a_timestamp_is_kept_as_it_was_written(
     service: InProcess,
 ) -> None:
-    sent = [event(event_id=text, timestamp=text) for text in TIMESTAMPS]
+    texts = TIMESTAMPS + LEAP_SECONDS_ELSEWHERE
+    sent = [event(event_id=text, timestamp=text) for text in texts]
     assert (await service.publish(sent)).counts == (len(sent), len(sent), 0)
     assert rows(service.db) == await service.stored() == sent
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+async def test_line_separators_in_a_payload_are_returned_as_escapes(
+    accept: str, service: InProcess
+) -> None:
+    awkward = event(payload={"a\x85b\u2028c\u2029d": "\u2029\u2028\x85", "e": "\x84\u2027\u202a"})
+    await service.publish(json.dumps(awkward, ensure_ascii=False).encode())
+    found = await service.ask("GET", "/events", headers={"Accept": accept})
+    text = found.body.decode()
+    for name in "0085", "2028", "2029":
+        assert text.count(f"\\u{name}") == 2
+        assert chr(int(name, 16)) not in text
+    assert "\x84\u2027\u202a" in text
+    assert json.dumps(awkward["payload"]) in json.dumps(json.loads(text))
+
+
+def test_brackets_in_strings_are_no_nesting() -> None:
+    payload = {"[": "[" * 3000, '"{': '\\"[{' * 600, "\\": ["]" * 5, "{\\" * 900, '"' * 7]}
+    assert faults_of(json_of(event(payload=payload))) == []
+    assert faults_of(json_of(event(payload={"a": [[]] * 3000}))) == []
+    for strings in '"[\\\\"', '"\\""', '"\\\\\\"]"', '"]}]}"':  # these hide nothing
+        body = b'{"a": [%b, %b]}' % (strings.encode(), b"[" * 600 + b"]" * 600)
+        assert faults_of(body) == [TOO_DEEP]
+    assert faults_of(b"]" * 600 + b"[" * 600) != [], "and no exception"
 
 
 async def test_other_fields_are_ignored_and_not_stored(service: InProcess) -> None:
@@ -1162,7 +1942,7 @@ async def test_other_fields_are_ignored_and_not_stored(service: InProcess) -> No
     assert await service.stored() == [event()]
 
 
-async def test_of_duplicated_keys_the_last_one_counts_also_for_the_identity(
+async def test_of_duplicated_keys_the_last_one_counts(
     service: InProcess,
 ) -> None:
     body = json_of(event(topic="last", event_id="last"))
@@ -1177,9 +1957,13 @@ async def test_of_duplicated_keys_the_last_one_counts_also_for_the_identity(
 
 
 @pytest.mark.parametrize(
-    "body", [event(), {"events": [event()]}, [event()], {"events": [event()], "other": 1}]
+    "body",
+    [
+        *(event(), {"events": [event()]}, [event()], {"events": [event()], "other": 1}),
+        *({"events": [event()], "topic": "x"}, event(events=5)),
+    ],
 )
-async def test_a_body_is_an_event_or_a_batch_or_a_bare_array(body: Any, service: InProcess) -> None:
+async def test_a_body_is_an_event_a_batch_or_an_array(body: Any, service: InProcess) -> None:
     answer = await service.publish(body)
     assert answer.counts == (1, 1, 0)
     assert answer.headers["content-type"].startswith("application/json")
@@ -1190,15 +1974,16 @@ async def test_an_object_with_events_and_event_id_is_an_event(service: InProcess
     assert (await service.publish(event(events=[]))).counts == (1, 1, 0)
 
 
-async def test_a_duplicate_in_the_same_batch_is_counted_once_and_dropped(
+async def test_a_duplicate_in_the_same_batch_is_dropped(
     service: InProcess,
 ) -> None:
-    first, second = event(payload={"n": 1}), event(payload={"n": 2})
+    first = event(payload={"n": 1})
+    second = event(payload={"n": 2})
     assert (await service.publish([first, second, event(event_id="2"), second])).counts == (4, 2, 2)
     assert rows(service.db) == [first, event(event_id="2")]
 
 
-async def test_a_duplicate_in_a_later_batch_is_counted_once_and_dropped(
+async def test_a_duplicate_in_a_later_batch_is_dropped(
     service: InProcess,
 ) -> None:
     assert (await service.publish(numbered(range(10)))).counts == (10, 10, 0)
@@ -1206,17 +1991,16 @@ async def test_a_duplicate_in_a_later_batch_is_counted_once_and_dropped(
     assert await all_adds_up(service) == numbered(range(20))
 
 
-async def test_the_counts_are_of_this_request_also_in_a_shared_commit(
+async def test_counts_are_of_the_request_also_in_a_shared_commit(
     disk: Disk, service: InProcess
 ) -> None:
-    batches = [range(0, 4), range(2, 6), range(0, 1), range(9, 10), range(0, 10)]
+    batches = [range(4), range(2, 6), range(1), range(9, 10), range(10)]
     async with commit_held(disk, service) as waiting:
-        for number, batch in enumerate(batches):
-            waiting.append(asyncio.create_task(service.publish(numbered(batch))))
-            await until(lambda: queued(service, number + 1))
+        await queue_up(service, waiting, map(numbered, batches))
     answers = [(await answer).counts for answer in waiting]
     assert answers[1:] == [(4, 4, 0), (4, 2, 2), (1, 0, 1), (1, 1, 0), (10, 3, 7)]
     assert disk.groups == [1, 20], "all that waits is committed together"
+    assert await queued(service, 0)
     assert len(await all_adds_up(service)) == 11
 
 
@@ -1231,25 +2015,27 @@ async def test_202_is_sent_only_after_the_commit(disk: Disk, service: InProcess)
     assert rows(service.db) == [event()]
 
 
-async def test_whoever_commits_waits_for_the_disk(
-    monkeypatch: pytest.MonkeyPatch, serve: Serve
+async def test_each_connection_waits_for_the_disk_and_for_others(
+    connections: Connections, service: InProcess
 ) -> None:
-    levels = []
-
-    class Watched(sqlite3.Connection):
-        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-            if sql.strip().upper().startswith(("INSERT", "COMMIT")):
-                levels.append(super().execute("PRAGMA synchronous").fetchone()[0])
-            return super().execute(sql, *values)
-
-        def commit(self) -> None:
-            self.execute("COMMIT")
-
-    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Watched))
-    service = await serve()
     assert (await service.publish(event())).counts == (1, 1, 0)
     full = 2
-    assert levels and min(levels) >= full
+    memory = 2
+    pragmas = {
+        "synchronous": full,
+        "fullfsync": 1,
+        "temp_store": memory,
+        "wal_autocheckpoint": 0,
+        "journal_size_limit": 32_000 * 4096,
+        "cache_size": -16384,
+        "busy_timeout": 2000,
+        "journal_mode": "wal",
+    }
+    for each in connections.made:
+        found = {name: each.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas}
+        assert found == pragmas
+    read_only = [each.execute("PRAGMA query_only").fetchone()[0] for each in connections.made]
+    assert read_only == [0, 1, 1, 0], "the writer, the reader, the watcher, the checkpoints"
 
 
 async def test_a_request_is_stored_whole_or_not_at_all(service: InProcess) -> None:
@@ -1275,13 +2061,13 @@ async def test_json_or_no_content_type_is_taken(
 @pytest.mark.parametrize(
     ("version", "headers", "connection"),
     [
-        ("1.1", "", "keep-alive"),
+        ("1.1", "", None),
         ("1.1", "Connection: close\r\n", "close"),
-        ("1.0", "", "close"),
+        ("1.0", "", None),
         ("1.0", "Connection: keep-alive\r\n", "keep-alive"),
     ],
 )
-async def test_a_202_is_a_whole_http_response_and_the_connection_goes_on_if_the_client_wishes(
+async def test_the_connection_goes_on_after_a_202_if_wished(
     version: str, headers: str, connection: str, service: InProcess
 ) -> None:
     sent = request(json_of(event()), headers=headers)
@@ -1289,14 +2075,95 @@ async def test_a_202_is_a_whole_http_response_and_the_connection_goes_on_if_the_
     async with service.connection(sent) as client:
         answer = await client.answer()
         assert answer.counts == (1, 1, 0)
-        assert answer.headers["connection"] == connection
+        assert answer.headers.get("connection") == connection
         sent_at = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
         assert abs(sent_at - time.time()) < PATIENCE_SECONDS
-        if connection == "close":
+        if connection == "close" or (version, headers) == ("1.0", ""):
             assert await client.reader.read() == b""
         else:
             await client.send(sent)
             assert (await client.answer()).counts == (1, 0, 1)
+
+
+async def test_counters_of_each_topic_are_exact_in_shared_groups(
+    disk: Disk, service: InProcess
+) -> None:
+    chance = random.Random(12)
+    expected: dict[str, Counter[str]] = {topic: Counter() for topic in "abc"}
+    batches = [
+        [
+            event(topic=chance.choice("abc"), event_id=chance.choice("0123456"))
+            for _ in range(chance.randrange(1, 12))
+        ]
+        for _ in range(8)
+    ]
+    for each in itertools.chain(*batches):
+        expected[each["topic"]][each["event_id"]] += 1
+    async with commit_held(disk, service) as waiting:
+        await queue_up(service, waiting, batches)
+    answers = [(await answer).counts for answer in waiting]
+    assert len(disk.groups) == 2
+    found = await service.topics()
+    assert found.pop("order.created") == (1, 1, 0)
+    assert found == {
+        topic: (ids.total(), len(ids), ids.total() - len(ids)) for topic, ids in expected.items()
+    }
+    assert await service.stats() == tuple(map(sum, zip(*answers)))
+    await all_adds_up(service)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ([500, 500, 500], [2, 1]),  # 1000 bytes are enough
+        ([999, 600, 300, 100], [2, 2]),  # 999 are not
+        ([400, 400, 400, 400], [3, 1]),
+        ([2000, 400], [1, 1]),  # one that is larger has a commit of its own
+        ([300, 300, 300], [3]),
+    ],
+)
+async def test_a_group_is_bounded_by_its_bytes(
+    sizes: list[int],
+    groups: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    disk: Disk,
+    service: InProcess,
+) -> None:
+    monkeypatch.setattr(aggregator, "MAX_GROUP_BYTES", 1000)
+    bodies = [json_of(event(event_id=str(n))).ljust(size) for n, size in enumerate(sizes)]
+    async with commit_held(disk, service) as waiting:
+        await queue_up(service, waiting, bodies)
+    assert {(await answer).counts for answer in waiting} == {(1, 1, 0)}
+    assert disk.groups == [1, *groups]
+
+
+async def test_only_the_writers_thread_writes_and_only_the_readers_reads(
+    disk: Disk, reads: Reads, service: InProcess
+) -> None:
+    for number in range(3):
+        await asyncio.gather(*(service.publish(numbered([n, number])) for n in range(5)))
+        for path in "/events", "/events?tail=2", "/stats", "/topics", "/metrics":
+            assert (await service.ask("GET", path)).status == 200
+        assert await service.stored(topic="order.created", event_id="1") == numbered([1])
+    assert {name for name, _ in reads.calls} == set(READS)
+    assert len(disk.threads) == len(reads.threads) == 1
+    assert len(disk.threads | reads.threads | {threading.current_thread().name}) == 3
+
+
+async def test_a_fault_of_the_program_is_500_and_harms_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(body: bytes, encode: Any) -> Any:
+        raise RuntimeError("in /secret/path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(aggregator, "validate", fail)
+        async with service.connection(request(json_of(event()))) as client:
+            assert (await client.answer()).detail(500) == "Internal Server Error"
+    assert len(errors_logged(caplog)) == 1
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    assert await service.health() == 200
+    assert await in_flight(service, 0)
 
 
 async def test_fifty_publishers_of_the_same_ids_store_each_once(service: InProcess) -> None:
@@ -1314,19 +2181,13 @@ async def test_fifty_publishers_of_the_same_ids_store_each_once(service: InProce
     assert len(await all_adds_up(service)) == 60
 
 
-async def test_a_body_may_come_in_chunks_of_any_size(service: InProcess) -> None:
-    body = json_of(numbered(range(20)))
-
-    async def in_chunks() -> AsyncIterator[bytes]:
-        for start in range(0, len(body), 97):
-            yield body[start : start + 97]
-            if start % 5 == 0:
-                await asyncio.sleep(0)
-
-    assert (await service.publish(in_chunks())).counts == (20, 20, 0)
+@pytest.mark.parametrize("size", [1, 97, 100_000])
+async def test_a_body_may_come_in_chunks_of_any_size(size: int, service: InProcess) -> None:
+    body = json_of(numbered(range(3)))
+    assert (await service.publish(in_chunks(body, size))).counts == (3, 3, 0)
 
 
-async def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(
+async def test_a_client_that_asks_first_is_told_to_go_on(
     service: InProcess,
 ) -> None:
     for body, status in (json_of(event()), 202), (b"[]", 422):
@@ -1339,6 +2200,7 @@ async def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(
 
 COMPRESSORS = {
     "gzip": ("gzip", gzip.compress),
+    "x-gzip": ("x-gzip", gzip.compress),
     "gzip, named in capitals": ("GZIP", gzip.compress),
     "deflate": ("deflate", zlib.compress),
 }
@@ -1398,6 +2260,7 @@ NO_EVENTS = {
     "ctx": {"field_type": "List", "min_length": 1, "actual_length": 0},
 }
 NO_JSON = {"type": "json_invalid", "msg": "JSON decode error", "ctx": {"error": Says("")}}
+TOO_DEEP = NO_JSON | {"loc": ["body"], "ctx": {"error": "nested too deeply"}}
 
 # One bad field: its name, its value, the entry (to which the test adds the loc).
 BAD_FIELDS: list[tuple[str, Any, dict[str, Any]]] = [
@@ -1410,7 +2273,8 @@ BAD_FIELDS: list[tuple[str, Any, dict[str, Any]]] = [
             ("", TOO_SHORT),
             *((value, BLANK) for value in (" ", "\t\r\n", "\u3000\u00a0")),
             *((value, TOO_LONG) for value in ("x" * 513, " " + "ü" * 600)),
-            *((f"a{value}b", CONTROL) for value in ("\n", "\r", "\0", "\x1b[31m", "\x7f", "\x85")),
+            *((f"a{value}b", CONTROL) for value in ("\n", "\r", "\0", "\x1b[31m", "\x1f", "\x7f")),
+            *((f"a{value}b", CONTROL) for value in ("\x80", "\x85", "\x9f", "\u2028", "\u2029")),
             *((value, SURROGATE) for value in ("a\ud800", "\udfff")),
         ]
     ),
@@ -1434,9 +2298,7 @@ def label(value: Any) -> str | None:
 
 
 @pytest.mark.parametrize(("field", "value", "entry"), BAD_FIELDS, ids=label)
-def test_a_bad_field_is_named_with_its_place_and_its_fault(
-    field: str, value: Any, entry: dict[str, Any]
-) -> None:
+def test_a_bad_field_is_named_with_its_fault(field: str, value: Any, entry: dict[str, Any]) -> None:
     for body, loc in in_all_forms(event(**{field: value})):
         assert faults_of(json_of(body)) == [entry | {"loc": [*loc, field]}]
 
@@ -1511,16 +2373,57 @@ def test_all_errors_are_listed_events_in_order_and_fields_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize(("bad", "times"), [({}, 100_000), (5, 101), ({"topic": "t"}, 26)])
-async def test_at_most_100_errors_are_listed_however_many_there_are(
-    bad: Any, times: int, service: InProcess
-) -> None:
+@pytest.mark.parametrize(
+    ("bad", "times"),
+    [
+        ({}, 100_000),
+        (5, 101),
+        ({"topic": "t"}, 26),
+        ({"topic": "t", "event_id": "1"}, 40),
+    ],
+)
+async def test_at_most_100_errors_are_listed(bad: Any, times: int, service: InProcess) -> None:
     detail = (await service.publish([event(), *[bad] * times])).detail(422)
     assert len(detail) == 100
     assert detail[0]["loc"][:2] == ["body", 1]
 
 
-async def test_a_bad_request_harms_none_of_those_that_arrive_with_it(service: InProcess) -> None:
+def test_looking_for_errors_ends_after_100_of_them() -> None:
+    encoded = []
+
+    def encode(batch: Sequence[Any]) -> bytes:
+        encoded.append(len(batch))
+        return SqliteStore.encode(batch)
+
+    for start, least in ([], 100), ([event()] * 1000, 1100):
+        encoded.clear()
+        with pytest.raises(Refused):
+            validate(json_of([*start, *[event(topic=5)] * 50_000]), encode)
+        assert sum(encoded) < 10 * least
+
+
+@pytest.mark.parametrize(
+    ("body", "loc", "why"),
+    [
+        (b"[NaN]", ["body"], "NaN and Infinity are not JSON"),
+        (b"[-Infinity]", ["body"], "NaN and Infinity are not JSON"),
+        (b"[%b]" % (b"1" * 4301), ["body"], "Exceeds the limit (4300 digits) for integer string"),
+        (b'["a", b]', ["body", 6], "Expecting value"),
+        (b'[\n"a"\n1]', ["body", 6], "Expecting ',' delimiter"),
+        (b'["a\xff"]', ["body", 3], "invalid start byte"),
+        (b"[" * 501, ["body"], "nested too deeply"),
+    ],
+)
+def test_why_a_body_is_no_json_is_said_with_its_place(
+    body: bytes, loc: list[Any], why: str
+) -> None:
+    (fault,) = faults_of(body)
+    assert fault["loc"] == loc
+    assert fault["ctx"]["error"].startswith(why)
+    assert "sys." not in fault["ctx"]["error"]
+
+
+async def test_a_bad_request_harms_none_that_arrives_with_it(service: InProcess) -> None:
     bad = [b"{", b"[]", json_of(event(topic="")), json_of(event(payload={"a": math.inf}))]
     bodies = [json_of(event(event_id=str(n))) if n % 3 else bad[n // 3 % 4] for n in range(24)]
     async with contextlib.AsyncExitStack() as stack:
@@ -1535,20 +2438,14 @@ async def test_a_bad_request_harms_none_of_those_that_arrive_with_it(service: In
 
 async def test_a_refused_body_is_let_go_at_once(service: InProcess) -> None:
     bodies = [b'[{"a": "%b"},' % bytes(100_000), json_of([event(topic="x" * 50_000)] * 2)] * 4
-    gc.disable()  # so that nothing may wait for it
-    tracemalloc.start()
-    try:
-        for _ in range(25):
+    with memory() as measured:
+        for _ in range(12):
             async with contextlib.AsyncExitStack() as stack:  # all at once, so in one batch
                 clients = [await stack.enter_async_context(service.connection()) for _ in bodies]
                 await asyncio.gather(*(c.send(request(b)) for c, b in zip(clients, bodies)))
                 for client in clients:
                     (await client.answer()).detail(422)
-        held, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-        gc.enable()
-    assert held < 5_000_000
+    assert measured.held < 3_000_000, "of 10 MB"
 
 
 async def test_a_refusal_does_not_echo_what_was_refused(service: InProcess) -> None:
@@ -1574,7 +2471,8 @@ async def test_a_refusal_does_not_echo_what_was_refused(service: InProcess) -> N
 
 JUNK = [
     *(None, True, False, 0, -1, 2.5, 10**400, math.inf, "", " ", "a", "x" * 512, "x" * 513),
-    *(" " + "x" * 512, "\n", "a\nb", "\x7f", "\x85", "a\ud800", "é🎉", [], {}, [1], {"a": []}),
+    *(" " + "x" * 512, "\n", "a\nb", "a\u2028b", "\x7f", "\x85", "a\ud800", "é🎉"),
+    *([], {}, [1], {"a": []}),
     *({"a": math.inf}, {"\ud800": 1}, {"a": ["\udfff"]}, {"a": {"a": {"\0": "\0"}}}, [math.inf]),
     *TIMESTAMPS,
     *NO_TIMESTAMPS,
@@ -1609,7 +2507,7 @@ def is_good(candidate: Any) -> bool:
         return (
             isinstance(value, str)
             and 1 <= len(value.strip()) <= 512
-            and not {unicodedata.category(c) for c in value.strip()} & {"Cc", "Cs"}
+            and not {unicodedata.category(c) for c in value.strip()} & {"Cc", "Cs", "Zl", "Zp"}
         )
 
     def is_json(value: Any) -> bool:
@@ -1632,25 +2530,30 @@ def is_good(candidate: Any) -> bool:
     )
 
 
-ISO_8601 = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?", re.ASCII)
+ISO_8601 = re.compile(  # what is in NO_TIMESTAMPS is left out
+    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(:\d\d([.,]\d{1,9})?)?([Zz]|[+-]\d\d(:?\d\d)?)?", re.ASCII
+)
 
 
-def test_taking_explaining_and_parsing_agree_on_thousands_of_damaged_events() -> None:
-    chance, taken, faults = random.Random(2025), 0, Counter()
-    for _ in range(4000):
+def test_the_judge_and_its_reasons_agree_on_damaged_events() -> None:
+    chance = random.Random(2025)
+    taken = 0
+    faults: Counter[str] = Counter()
+    for _ in range(2000):
         events = [damaged(chance) for _ in range(chance.choice([1, 1, 2, 4]))]
         errors = faults_of(json_of({"events": events}))
         assert bool(errors) == (not all(map(is_good, events))), events
-        taken, faults = taken + (not errors), faults + Counter(error["type"] for error in errors)
+        taken += not errors
+        faults.update(error["type"] for error in errors)
         for error in errors:
             assert error["loc"][:2] == ["body", "events"]
             assert not is_good(events[error["loc"][2]])
-    assert taken > 500 and len(faults) >= 11, "the mutations must reach everything"
+    assert taken > 250 and len(faults) >= 11, "the mutations must reach everything"
 
 
 async def test_whatever_damaged_event_is_taken_comes_back_equal(service: InProcess) -> None:
     chance = random.Random(4)
-    good = [each for each in (damaged(chance) for _ in range(3000)) if is_good(each)]
+    good = [each for each in (damaged(chance) for _ in range(2000)) if is_good(each)]
     answers = [await service.publish(good[n : n + 100]) for n in range(0, len(good), 100)]
     assert {answer.status for answer in answers} == {202}
     first: dict[tuple[str, str], Any] = {}
@@ -1658,17 +2561,18 @@ async def test_whatever_damaged_event_is_taken_comes_back_equal(service: InProce
         names = {field: each[field].strip() for field in ("topic", "event_id", "source")}
         kept = {field: (each | names)[field] for field in event()}
         first.setdefault((kept["topic"], kept["event_id"]), kept)
-    assert len(first) > 500
+    assert len(first) > 300
     assert same_json(await all_adds_up(service), list(first.values()))
 
 
 # --- Refusals: the others ----------------------------------------------------------------------
 
 
-async def test_a_page_elsewhere_cannot_post_without_a_preflight_by_sending_no_content_type(
+async def test_a_page_elsewhere_has_to_send_a_content_type(
     service: InProcess,
 ) -> None:
-    body, origin = json_of(event()), {"Origin": "http://elsewhere.example"}
+    body = json_of(event())
+    origin = {"Origin": "http://elsewhere.example"}
     (await service.ask("POST", "/publish", body, origin)).detail(415)
     assert (await service.publish(body, **origin)).counts == (1, 1, 0)
 
@@ -1685,10 +2589,12 @@ async def test_a_page_elsewhere_cannot_post_without_a_preflight_by_sending_no_co
         "json",
     ],
 )
-async def test_another_content_type_is_415_as_a_web_page_elsewhere_could_send_it(
+async def test_another_content_type_is_415_and_told_the_right_one(
     content_type: str, service: InProcess
 ) -> None:
-    (await service.publish(event(), Content_Type=content_type)).detail(415)
+    answer = await service.publish(event(), Content_Type=content_type)
+    assert "Content-Type: application/json" in answer.detail(415)
+    assert answer.headers["accept"] == "application/json"
     assert rows(service.db) == []
 
 
@@ -1706,6 +2612,9 @@ BROKEN_COMPRESSION = {
     "truncated deflate": ("deflate", zlib.compress(json_of(event()))[:-3]),
     "no deflate": ("deflate", b"\xff\xff\xff\xff"),
     "deflate followed by something": ("deflate", zlib.compress(json_of(event())) + b"."),
+    "zlib sent as gzip": ("gzip", zlib.compress(json_of(event()))),
+    "gzip sent as deflate": ("deflate", gzip.compress(json_of(event()))),
+    "gzip twice": ("gzip", gzip.compress(json_of(event())) * 2),
 }
 
 
@@ -1718,19 +2627,18 @@ async def test_broken_compression_is_400(case: str, service: InProcess) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "x"])
-async def test_a_compression_that_it_does_not_know_is_415(
+async def test_an_unknown_compression_is_415_and_told_the_known(
     encoding: str, service: InProcess
 ) -> None:
-    (await service.publish(gzip.compress(json_of(event())), Content_Encoding=encoding)).detail(415)
+    body = gzip.compress(json_of(event()))
+    answer = await service.publish(body, Content_Encoding=encoding)
+    assert "Content-Encoding" in answer.detail(415) and "gzip" in answer.detail(415)
+    assert answer.headers["accept-encoding"] == "gzip, deflate"
 
 
-async def test_a_body_is_refused_above_max_body_bytes_and_taken_up_to_it(serve: Serve) -> None:
+async def test_a_body_is_taken_up_to_max_body_bytes(serve: Serve) -> None:
     service = await serve(max_body_bytes=1000)
     fits = json_of(event()).ljust(1000)
-
-    async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
-        yield body[:300]
-        yield body[300:]
 
     for transport, encoding in [
         (bytes, "identity"),
@@ -1744,48 +2652,40 @@ async def test_a_body_is_refused_above_max_body_bytes_and_taken_up_to_it(serve: 
     assert await service.metric('aggregator_requests_refused_total{status="413"}') == 4
 
 
-async def test_a_body_above_the_limit_is_413_also_if_all_its_chunks_come_at_once(
+async def test_a_body_too_large_that_comes_at_once_is_413(
     serve: Serve,
 ) -> None:
     service = await serve(max_body_bytes=1000)
     body = json_of(event()).ljust(5000)
-    chunked = b"POST /publish HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    async with service.connection(chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)) as client:
+    async with service.connection(CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)) as client:
         (await client.answer()).detail(413)
     assert rows(service.db) == []
 
 
 @pytest.mark.parametrize("encoding", ["identity", "deflate"])
-async def test_a_body_without_an_end_is_413_once_it_is_too_large(
-    encoding: str, serve: Serve
-) -> None:
+async def test_a_body_without_an_end_is_413_once_too_large(encoding: str, serve: Serve) -> None:
     service = await serve(max_body_bytes=1000)
-    chunked = b"POST /publish HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
-    chunked += f"Content-Encoding: {encoding}\r\n\r\n".encode()
-    async with service.connection(chunked + b"1f4\r\n" + bytes(500) + b"\r\n") as client:
-        await until(lambda: in_flight(service, 1000))  # so much it could become
+    head = CHUNKED[:-2] + f"Content-Encoding: {encoding}\r\n\r\n".encode()
+    async with service.connection(head + b"1f4\r\n" + bytes(500) + b"\r\n") as client:
+        await until(lambda: in_flight(service, 500))
         await client.send(b"1f5\r\n", bytes(501), b"\r\n")
         (await client.answer()).detail(413)
     assert await in_flight(service, 0)
 
 
-async def test_a_length_above_the_limit_is_413_before_anything_of_it_is_sent(
+async def test_a_length_above_the_limit_is_413_at_once(
     service: InProcess,
 ) -> None:
     async with service.connection(request(b"", length=5 * 1024 * 1024)) as client:
         (await client.answer()).detail(413)
 
 
-async def test_a_bomb_is_413_and_takes_no_more_memory_than_the_limit(service: InProcess) -> None:
+async def test_a_bomb_is_413_and_takes_little_memory(service: InProcess) -> None:
     bomb = gzip.compress(bytes(50_000_000), 1)
     assert len(bomb) < 500_000
-    tracemalloc.start()
-    try:
+    with memory() as measured:
         (await service.publish(bomb, Content_Encoding="gzip")).detail(413)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 20_000_000
+    assert measured.peak < 20_000_000
     assert (await service.publish(event())).status == 202
 
 
@@ -1796,25 +2696,38 @@ async def test_a_body_that_does_not_arrive_is_408(
     service = await serve()
     body = json_of(event())
     async with service.connection(request(body[:10], length=len(body))) as client:
-        (await client.answer()).detail(408)
+        assert "did not arrive in" in (await client.answer()).detail(408)
     assert await service.metric("aggregator_in_flight_bytes") == 0
     assert rows(service.db) == []
 
 
-async def test_a_body_that_breaks_off_is_counted_as_400_and_gives_its_room_back(
+def test_a_body_has_30_seconds_to_arrive() -> None:
+    assert aggregator.BODY_SECONDS == 30
+
+
+@pytest.mark.parametrize(
+    "broken", [b"zz\r\n{}\r\n0\r\n\r\n", b"-1\r\n", b"2\r\n{}{}\r\n", b"1;" + b"x" * 20_000]
+)
+async def test_a_chunk_that_breaks_later_is_no_server_error(
+    broken: bytes, monkeypatch: pytest.MonkeyPatch, service: InProcess
+) -> None:
+    monkeypatch.setattr(aggregator, "BODY_SECONDS", 0.2)
+    async with service.connection(CHUNKED, b"2\r\n[ \r\n") as client:
+        await client.send(broken)
+        # One of aiohttp's two parsers tells of it at once; with the other one nothing more comes.
+        assert (await client.answer()).status in (400, 408)
+    await until(lambda: in_flight(service, 0))
+
+
+async def test_a_body_that_breaks_off_gives_its_room_back(
     service: InProcess,
 ) -> None:
     body = json_of(event())
     async with service.connection(request(body[:-1], length=len(body))):
-        await until(lambda: in_flight(service, len(body)))
+        await until(lambda: in_flight(service, len(body) - 1))
     await until(lambda: in_flight(service, 0))
     assert await service.metric('aggregator_requests_refused_total{status="400"}') == 1
     assert rows(service.db) == []
-
-
-async def in_flight(service: Service, size: int) -> bool:
-    """Whether bodies of exactly this size are in flight."""
-    return await service.metric("aggregator_in_flight_bytes") == size
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/publish/", "/events/1", "//", "/%00", "/..%2f"])
@@ -1832,6 +2745,8 @@ async def test_an_unknown_path_is_404(path: str, service: InProcess) -> None:
         ("POST", "/stats", "GET"),
         ("POST", "/", "GET"),
         ("POST", "/metrics", "GET"),
+        ("POST", "/health", "GET, HEAD, OPTIONS"),
+        ("PUT", "/topics", "GET, HEAD"),
     ],
 )
 async def test_a_wrong_method_is_405_and_told_the_right_ones(
@@ -1839,16 +2754,17 @@ async def test_a_wrong_method_is_405_and_told_the_right_ones(
 ) -> None:
     answer = await service.ask(method, path)
     assert answer.detail(405) == "Method Not Allowed"
-    assert allowed in re.split(", ?", answer.headers["allow"])
+    assert set(allowed.split(", ")) <= set(re.split(", ?", answer.headers["allow"]))
 
 
 REQUESTS = [
     *(("POST", "/publish"), ("GET", "/events"), ("GET", "/stats"), ("GET", "/metrics")),
+    *(("GET", "/topics"), ("GET", "/openapi.json"), ("POST", "/health"), ("DELETE", "/")),
     *(("GET", "/nothing"), ("GET", "/publish"), ("POST", "/")),
 ]
 
 
-async def test_with_a_token_set_all_but_get_of_the_root_is_401_without_it(serve: Serve) -> None:
+async def test_without_the_token_all_but_health_is_401(serve: Serve) -> None:
     service = await serve(api_token="s3cret")
     wrong = [f"Bearer {token}".strip() for token in ("", "wrong", "s3cre", "s3cret2", "S3CRET")]
     wrong += ["", "s3cret", "Basic s3cret"]
@@ -1858,8 +2774,8 @@ async def test_with_a_token_set_all_but_get_of_the_root_is_401_without_it(serve:
             answer = await service.ask(method, path, json_of(event()), headers)
             answer.detail(401)
             assert answer.headers["www-authenticate"] == "Bearer"
-    assert (await service.ask("GET", "/")).status == 200
-    assert (await service.ask("HEAD", "/")).status == 200
+    for method, path in itertools.product(("GET", "HEAD", "OPTIONS"), ("/", "/health")):
+        assert (await service.ask(method, path)).status == 200
     assert rows(service.db) == []
 
 
@@ -1867,8 +2783,11 @@ async def test_with_the_right_token_everything_is_open(serve: Serve) -> None:
     service = await serve(api_token="s3cret")
     headers = {"Authorization": "Bearer s3cret", "Content-Type": "application/json"}
     assert (await service.ask("POST", "/publish", json_of(event()), headers)).counts == (1, 1, 0)
-    for path in "/events", "/stats", "/metrics", "/":
+    for path in "/events", "/stats", "/metrics", "/", "/topics":
         assert (await service.ask("GET", path, headers=headers)).status == 200
+    for scheme in "bearer", "BEARER", "Bearer ":
+        authorization = {"Authorization": f"{scheme} s3cret"}
+        assert (await service.ask("GET", "/stats", headers=authorization)).status == 200
     (await service.ask("GET", "/nothing", headers=headers)).detail(404)
 
 
@@ -1879,10 +2798,50 @@ async def test_a_token_that_is_no_text_is_401_too(serve: Serve) -> None:
         (await client.answer()).detail(401)
 
 
+LOCAL_NAMES = ["localhost", "LocalHost:80", "127.0.0.1", "127.0.0.1:8080", "[::1]:8080", "[::1]"]
+LOCAL_NAMES += ["192.0.2.7:1", "localhost:", ""]
+OTHER_NAMES = ["attacker.example", "attacker.example:8080", "localhost.attacker.example", "a"]
+OTHER_NAMES += ["localhost@attacker.example", "127.0.0.1.attacker.example", "[attacker.example]"]
+
+
+async def test_without_a_token_only_local_names_are_answered(serve: Serve) -> None:
+    service = await serve()
+    for name in LOCAL_NAMES:
+        sent = request(json_of(event())).replace(b"Host: localhost", f"Host: {name}".encode())
+        async with service.connection(sent) as client:
+            assert (await client.answer()).status == 202, name
+    for name in OTHER_NAMES:
+        for method, path in [*REQUESTS, ("GET", "/"), ("GET", "/health")]:
+            answer = await service.ask(method, path, json_of(event()), {"Host": name})
+            assert "token" in answer.detail(421) and "Host: localhost" in answer.detail(421)
+    assert await service.stats() == (len(LOCAL_NAMES), 1, len(LOCAL_NAMES) - 1)
+
+
+@pytest.mark.parametrize("settings", [{"api_token": "s3cret"}, {"host": "0.0.0.0"}])
+async def test_with_a_token_or_for_others_any_name_is_answered(
+    settings: dict[str, str], serve: Serve
+) -> None:
+    service = await serve(**settings)
+    headers = {"Host": "attacker.example", "Authorization": "Bearer s3cret"}
+    assert (await service.ask("GET", "/stats", headers=headers)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        *(("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True)),
+        *(("LOCALHOST", True), ("0.0.0.0", False), ("::", False), ("192.0.2.1", False)),
+        *(("example.com", False), ("", False)),
+    ],
+)
+def test_loopback_is_what_only_this_machine_can_reach(host: str, is_loopback: bool) -> None:
+    assert aggregator.is_loopback(host) == is_loopback
+
+
 # --- Reading -----------------------------------------------------------------------------------
 
 
-async def test_events_come_in_the_order_of_their_commits_with_count_and_last_seq(
+async def test_events_come_in_the_order_of_their_commits(
     service: InProcess,
 ) -> None:
     assert await service.read() == {"topic": None, "events": [], "count": 0, "last_seq": 0}
@@ -1904,7 +2863,7 @@ async def test_events_of_one_batch_keep_its_order(service: InProcess) -> None:
     assert await service.stored(topic="order.created") == numbered(numbers)
 
 
-async def test_one_topic_has_only_its_own_events_and_an_empty_one_means_all(
+async def test_one_topic_has_only_its_own_events(
     service: InProcess,
 ) -> None:
     both = [*numbered(range(3), topic="a"), *numbered(range(2), topic="b & c/ü")]
@@ -1925,14 +2884,15 @@ async def test_one_topic_has_only_its_own_events_and_an_empty_one_means_all(
 
 @pytest.mark.parametrize("limit", [1, 7, 500, 501])
 @pytest.mark.parametrize("topic", ["", "even"])
-async def test_paging_with_last_seq_misses_nothing_and_repeats_nothing(
+async def test_paging_misses_nothing_and_repeats_nothing(
     limit: int, topic: str, service: InProcess
 ) -> None:
     sent = [event(event_id=str(n), topic="odd" if n % 2 else "even") for n in range(1234)]
     sent = sent[: 40 * limit]
     await service.publish(sent)
     expected = [each for each in sent if topic in ("", each["topic"])]
-    after, found = 0, []
+    after = 0
+    found: list[dict[str, Any]] = []
     while page := await service.read(topic=topic, after=after, limit=limit):
         assert page["count"] == len(page["events"]) <= limit
         if not page["events"]:
@@ -1940,11 +2900,12 @@ async def test_paging_with_last_seq_misses_nothing_and_repeats_nothing(
             break
         assert page["last_seq"] > after
         assert page["count"] == limit or len(found) + page["count"] == len(expected)
-        after, found = page["last_seq"], found + page["events"]
+        after = page["last_seq"]
+        found += page["events"]
     assert found == expected == await service.stored(topic=topic)
 
 
-async def test_pages_of_large_payloads_are_put_together_without_a_seam(service: InProcess) -> None:
+async def test_large_pages_are_put_together_without_a_seam(service: InProcess) -> None:
     sent = [event(event_id=str(n), payload={"text": f"{n}" * 200_000}) for n in range(6)]
     sent[3:3] = numbered(range(100, 120))
     for start in range(0, len(sent), 5):
@@ -1953,15 +2914,14 @@ async def test_pages_of_large_payloads_are_put_together_without_a_seam(service: 
     assert await service.stored(limit=3) == sent[:3]
 
 
-async def test_an_answer_is_a_snapshot_and_a_slow_reader_holds_nobody_up(
+async def test_an_answer_is_a_snapshot_that_holds_nobody_up(
     service: InProcess,
 ) -> None:
     before = [event(event_id=str(n), payload={"text": "x" * 400_000}) for n in range(24)]
     before += numbered(range(24, 30))
     for each in before:
         await service.publish(each)
-    reading = b"GET /events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    async with service.connection(reading) as client:
+    async with service.connection(reading("/events")) as client:
         start = await client.reader.readuntil(b"event_id")  # and then no more for a while
         for each in numbered(range(100, 130)):
             assert (await service.publish(each)).counts == (1, 1, 0)
@@ -1974,14 +2934,20 @@ async def test_an_answer_is_a_snapshot_and_a_slow_reader_holds_nobody_up(
     assert re.search(rb'"count": 30, "last_seq": 30\}\r\n0\r\n\r\n$', rest)
 
 
+EXTRA = {"type": "extra_forbidden", "msg": "Extra inputs are not permitted"}
 BAD_QUERIES = [
     *(
         ({name: value}, {"type": "int_parsing", "msg": Says("Input should be a valid integer, ")})
-        for name in ("after", "limit")
-        for value in ("x", "1.5", "0x10", "1 2", "", "9" * 5000)
+        for name in ("after", "limit", "tail")
+        for value in ("x", "1.5", "0x10", "1 2", "", "9" * 5000, "１", "1_0", "Latest")
     ),
+    ({"limit": "latest"}, {"type": "int_parsing", "msg": ANY}),
     ({"after": "-1"}, {"type": "greater_than_equal", "ctx": {"ge": 0}}),
-    ({"limit": "-1"}, {"type": "greater_than_equal", "ctx": {"ge": ANY}}),
+    ({"tail": "-1"}, {"type": "greater_than_equal", "ctx": {"ge": 0}}),
+    ({"limit": "-1"}, {"type": "greater_than_equal", "ctx": {"ge": 1}}),
+    ({"limit": "0"}, {"type": "greater_than_equal", "ctx": {"ge": 1}}),
+    ({"after": "1"}, {"type": "less_than_equal", "ctx": {"le": 0}}),
+    *(({name: "1"}, EXTRA) for name in ("offset", "Limit", "topics", "lastEventId", "")),
 ]
 
 
@@ -1993,18 +2959,406 @@ async def test_a_bad_query_parameter_is_422(
     assert fault == {"msg": ANY, "loc": ["query", *query]} | entry
     if fault["type"] == "int_parsing":
         assert fault["msg"].endswith("unable to parse string as an integer")
-    else:
-        least = fault["ctx"]["ge"]
-        assert fault["msg"] == f"Input should be greater than or equal to {least}"
+    elif fault["type"] != "extra_forbidden":
+        ((_, bound),) = fault["ctx"].items()
+        how = fault["type"].replace("_equal", "_or_equal_to").replace("_", " ")
+        assert fault["msg"] == f"Input should be {how} {bound}"
 
 
-async def test_all_bad_query_parameters_of_any_size_are_no_server_error(service: InProcess) -> None:
+async def test_nothing_that_a_reader_asks_for_is_ignored(service: InProcess) -> None:
+    await service.publish(event())
+    for path, faults in {
+        "/events?limit=1&limit=1": ["limit"],
+        "/events?topic=a&topic=a&b=1&c=2&b=3": ["topic", "b", "c"],
+        "/events?after=0&tail=1": ["tail"],
+        "/events?after=latest&tail=1": ["tail"],
+        "/events?topic=order.created&event_id=1&tail=1": ["tail"],
+        "/topics?topic=a": ["topic"],
+        "/topics?after=a&after=b": ["after"],
+        "/topics?tail=1": ["tail"],
+        "/stats?topic=a": ["topic"],
+        "/stats?after=0": ["after"],
+    }.items():
+        found = (await service.ask("GET", path)).detail(422)
+        assert found == [EXTRA | {"loc": ["query", name]} for name in faults], path
+    found = (await service.ask("GET", "/events?event_id=1")).detail(422)
+    assert found == [MISSING | {"loc": ["query", "topic"]}]
+    found = (await service.ask("GET", "/events?topic=&event_id=1")).detail(422)
+    assert found == [MISSING | {"loc": ["query", "topic"]}]
+    (fault,) = (await service.ask("GET", "/topics?limit=0")).detail(422)
+    assert (fault["type"], fault["ctx"]) == ("greater_than_equal", {"ge": 1})
+    query = "&".join(f"p{n}=1" for n in range(150))
+    assert len((await service.ask("GET", f"/events?{query}")).detail(422)) == 100
+    for path in "/", "/health", "/metrics":  # monitors put there what they like
+        assert (await service.ask("GET", path, after=7, x="")).status == 200
+
+
+async def test_one_event_is_found_by_its_identity(service: InProcess) -> None:
+    sent = [event(topic=topic, event_id=event_id) for topic in "ab" for event_id in "123"]
+    await service.publish(sent)
+    for number, each in enumerate(sent, start=1):
+        identity = {"topic": each["topic"], "event_id": each["event_id"]}
+        expected = {"topic": each["topic"], "events": [each], "count": 1, "last_seq": number}
+        assert await service.read(**identity) == expected
+        assert await service.read(**identity, limit=5, after=number - 1) == expected
+        nothing = {"topic": each["topic"], "events": [], "count": 0, "last_seq": number}
+        assert await service.read(**identity, after=number) == nothing
+    lines = await service.ask(
+        "GET", "/events", headers={"Accept": "application/jsonl"}, topic="b", event_id="2"
+    )
+    assert json.loads(lines.body) == sent[4] and lines.body.count(b"\n") == 1
+    for topic, event_id in ("a", "4"), ("c", "1"), ("a", ""), ("a", " 1"):
+        found = await service.read(topic=topic, event_id=event_id)
+        assert (found["events"], found["count"]) == ([], 0)
+    feed = {"Accept": "text/event-stream"}
+    faults = (await service.ask("GET", "/events?topic=a&event_id=1", headers=feed)).detail(422)
+    assert faults == [EXTRA | {"loc": ["query", "event_id"]}]
+
+
+async def test_tail_is_the_newest_events_in_their_order(service: InProcess) -> None:
+    assert await service.read(tail=5) == {"topic": None, "events": [], "count": 0, "last_seq": 0}
+    sent = [event(event_id=str(n), topic="odd" if n % 2 else "even") for n in range(1, 1201)]
+    await service.publish(sent)
+    for tail in 1, 7, 500, 501, 1199, 1200, 1201, 10**30:
+        assert await service.stored(tail=tail) == sent[-tail:]
+    for tail in 1, 7, 600, 601:
+        assert await service.stored(topic="odd", tail=tail) == sent[::2][-tail:]
+    assert await service.stored(tail=5, limit=2) == sent[-5:-3]
+    assert await service.stored(topic="unknown", tail=2) == []
+    found = await service.read(tail=0)
+    assert (found["events"], found["last_seq"]) == ([], 1200)
+
+
+ACCEPTED = {
+    None: "application/json",
+    "": "application/json",
+    "*/*": "application/json",
+    "application/*": "application/json",
+    "text/html": "application/json",
+    "application/x-ndjson": "application/x-ndjson",
+    "application/ndjson": "application/x-ndjson",
+    "application/jsonl": "application/x-ndjson",
+    "Application/X-NDJSON; q=1": "application/x-ndjson",
+    "text/event-stream": "text/event-stream",
+    "text/*": "text/event-stream",
+    "application/json, text/event-stream": "application/json",
+    "text/event-stream, application/json": "application/json",
+    "text/event-stream, */*": "text/event-stream",
+    "text/event-stream;q=0.9, application/json;q=0.8": "text/event-stream",
+    "text/event-stream;q=0.8, application/json;q=0.9": "application/json",
+    "application/json;q=0, */*": "application/x-ndjson",
+    "application/json;q=0.5, application/x-ndjson;q=0.6": "application/x-ndjson",
+    "text/*;q=0.3, text/event-stream;q=0.1, application/json;q=0.2": "application/json",
+    "application/*;q=0.1, text/event-stream;q=0.2": "text/event-stream",
+    "*/*;q=0.5, text/*;q=0.4": "application/json",
+    "text/event-stream; charset=utf-8; q = 0.5, application/json;q=0.4": "text/event-stream",
+    "application/json;q=0.7;x=1, text/event-stream;q=7": "text/event-stream",
+    "application/json;q=1, text/event-stream;q=x": "application/json",
+}
+
+
+@pytest.mark.parametrize("accept", ACCEPTED)
+async def test_accept_is_read_with_its_weights(accept: str | None, service: InProcess) -> None:
+    headers = {} if accept is None else {"Accept": accept}
+    answer = await service.ask("HEAD", "/events", headers=headers)
+    assert answer.headers["content-type"].split(";")[0] == ACCEPTED[accept]
+
+
+async def test_several_accept_headers_are_one(service: InProcess) -> None:
+    get = reading("/events", accept="text/html\r\nAccept: application/x-ndjson")
+    async with service.connection(get) as client:
+        assert b"application/x-ndjson" in await client.reader.readuntil(b"\r\n\r\n")
+
+
+HEADERS = {  # of what is read: path, Accept, Content-Type, Cache-Control, Vary
+    ("/events", "*/*"): ("application/json; charset=utf-8", "no-store", "Accept"),
+    ("/events", "application/jsonl"): ("application/x-ndjson", "no-store", "Accept"),
+    ("/events", "text/event-stream"): (
+        "text/event-stream; charset=utf-8",
+        "no-store, no-transform",
+        "Accept",
+    ),
+    ("/stats", "*/*"): ("application/json; charset=utf-8", "no-store", None),
+    ("/topics", "*/*"): ("application/json; charset=utf-8", "no-store", None),
+    ("/health", "text/html"): ("application/json; charset=utf-8", "no-store", ANY),
+    ("/", "*/*"): ("application/json; charset=utf-8", "no-store", "Accept"),
+    ("/", "text/html"): ("text/html; charset=utf-8", "no-store", "Accept"),
+    ("/metrics", "*/*"): ("text/plain; version=0.0.4; charset=utf-8", "no-store", None),
+}
+
+
+@pytest.mark.parametrize(("path", "accept"), HEADERS)
+async def test_head_has_the_headers_of_get_and_no_body(
+    path: str, accept: str, service: InProcess
+) -> None:
+    await service.publish(event())
+    answers = []
+    for method in "GET", "HEAD":
+        if (method, accept) == ("GET", "text/event-stream"):
+            async with service.feed() as feed:
+                answers.append(feed.headers)
+            continue
+        answer = await service.ask(method, path, headers={"Accept": accept})
+        assert answer.status == 200
+        assert bool(answer.body) == (method == "GET")
+        answers.append(answer.headers)
+    for found in answers:
+        content_type, cache_control, vary = HEADERS[path, accept]
+        assert found["content-type"] == content_type
+        assert found["cache-control"] == cache_control
+        assert found.get("vary") == vary
+    assert [found.get("content-length") for found in answers] in ([None, None], [ANY, ANY])
+    assert (await service.ask("HEAD", "/events", limit=0)).status == 422
+
+
+async def test_two_forms_of_one_page_at_the_same_time_are_two(
+    reads: Reads, service: InProcess
+) -> None:
+    sent = [*numbered(range(5), topic="a"), *numbered(range(5), topic="b")]
+    await service.publish(sent)
+
+    async def ask(accept: str, **query: Any) -> bytes:
+        return (await service.ask("GET", "/events", headers={"Accept": accept}, **query)).body
+
+    with reads.held("last_seq"):  # so that all of them come to their pages together
+        asked = [
+            asyncio.create_task(ask(accept, **query))
+            for accept in ("application/json", "application/jsonl")
+            for query in ({}, {"topic": "a"}, {"limit": 3}, {"after": 2}, {})
+        ]
+        await until(lambda: reads.waiting)
+    answers = [await answer for answer in asked]
+    expected = [sent, sent[:5], sent[:3], sent[2:], sent]
+    assert [json.loads(body)["events"] for body in answers[:5]] == expected
+    assert [[*map(json.loads, body.splitlines())] for body in answers[5:]] == expected
+
+
+async def test_whoever_comes_later_reads_a_page_anew(reads: Reads, service: InProcess) -> None:
+    await service.publish(event())
+    for _ in range(3):
+        assert await service.stored() == [event()]
+    assert reads.count("page") == 3
+
+
+async def test_a_page_is_bounded_by_the_bytes_of_whole_events(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "events.db"))
+    large = [event(event_id=str(n), payload={"text": "ü" * 5_000}) for n in range(10)]
+    body = json_of({"events": [*large, *numbered(range(10, 1000))]})
+    store.commit([validate(body.replace(b"\\u00fc", "ü".encode()), store.encode)])
+    one_form = "application/json"
+    size = len(store.page(one_form, None, 0, 1000, 1, 1).text)
+    assert size > 10_000, "bytes and not characters"
+    for most_bytes, count in (1, 1), (size, 1), (size + 1, 2), (2 * size, 2), (5 * size, 5):
+        for topic in None, "order.created":
+            page = store.page(one_form, topic, 0, 1000, 500, most_bytes)
+            assert (page.count, page.last_seq) == (count, count)
+            assert len(json.loads(b"[%b]" % page.text)) == count
+    assert store.page(one_form, None, 0, 1000, 4, 10**9).count == 4
+    assert store.page(one_form, None, 0, 1000, 10**9, 10**9).count == 500
+    assert store.page(one_form, None, 5, 8, 10**9, 10**9).last_seq == 8
+    page = store.page(one_form, None, 1000, 1000, 10, 10**9)
+    assert (page.count, page.last_seq, page.text) == (0, 1000, b"")
+    store.close()
+
+
+async def test_pages_are_asked_for_by_bytes_and_events(reads: Reads, service: InProcess) -> None:
+    await service.publish(numbered(range(1200), source="x" * 300))
+    await service.stored(limit=1100)
+    pages = [arguments for name, arguments in reads.calls if name == "page"]
+    assert {most_bytes for *_, most_bytes in pages} == {64 * 1024}
+    assert all(limit <= 500 for *_, limit, _ in pages)
+    assert len(pages) > 4
+
+
+async def test_what_an_older_version_stored_is_read_in_bounded_pages(
+    reads: Reads, service: InProcess
+) -> None:
+    await service.publish(event())
+    huge = "2025-10-24T10:30:00." + "1" * 300_000 + "Z"  # no bound was on it then
+    with contextlib.closing(sqlite3.connect(service.db)) as old:
+        for number in range(2, 22):
+            old.execute(
+                "INSERT INTO events SELECT ?, topic_id, ?, ?, source, payload FROM events"
+                " WHERE seq = 1",
+                [number, str(number), huge],
+            )
+        old.commit()
+    assert len(await service.stored()) == 21
+    assert reads.count("page") >= 20
+    async with service.feed(after=1) as feed:
+        assert [seq for seq, _ in await feed.take(20)] == [*range(2, 22)]
+
+
+async def test_the_cost_of_reading_and_writing_does_not_grow(
+    connections: Connections, tmp_path: Path
+) -> None:
+    store = SqliteStore(str(tmp_path / "events.db"))
+    form = "application/json"
+    numbers = itertools.count()
+
+    def publish(count: int) -> None:
+        batch = [event(topic=f"t{n % 3}", event_id=str(next(numbers))) for n in range(count)]
+        store.commit([validate(json_of(batch), store.encode)])
+
+    tasks: dict[str, Callable[[], object]] = {
+        "a commit": lambda: publish(3),
+        "a page": lambda: store.page(form, None, 100, 10**9, 5, 10**9),
+        "a page of a topic": lambda: store.page(form, "t1", 100, 10**9, 5, 10**9),
+        "one event": lambda: store.find("t1", "100"),
+        "the newest": lambda: store.position(None, 5),
+        "the newest of a topic": lambda: store.position("t2", 5),
+        "the totals": store.totals,
+        "topics": lambda: store.topics("t0", 1),
+        "the last number": store.last_seq,
+        "a look for news": store.changed,
+    }
+    store.wake()  # so that a look for news waits for nothing
+    publish(300)
+    connections.count_steps()
+
+    def steps() -> dict[str, int]:
+        found = {}
+        for name, task in tasks.items():
+            connections.steps = 0
+            task()
+            found[name] = connections.steps
+        return found
+
+    few = steps()
+    publish(6000)
+    many = steps()
+    assert min(few.values()) > 0
+    assert {name for name in tasks if many[name] > 1.2 * few[name] + 20} == set(), (few, many)
+    store.close()
+
+
+async def test_a_page_of_a_topic_is_found_by_an_index(
+    connections: Connections, tmp_path: Path
+) -> None:
+    store = SqliteStore(str(tmp_path / "events.db"))
+    store.commit([validate(json_of(numbered(range(10))), store.encode)])
+    connections.note_statements()
+    store.page("application/json", "order.created", 3, 10, 5, 10**6)
+    (statement,) = connections.statements
+    plan = connections.made[0].execute("EXPLAIN QUERY PLAN " + statement).fetchall()
+    assert any("events_of_topic (topic_id=? AND rowid>?)" in row[3] for row in plan), plan
+    assert not any(row[3].startswith("SCAN events") for row in plan), plan
+    store.close()
+
+
+# What the readers get if the database cannot be read.
+
+UNREADABLE = aggregator.Unavailable("disk I/O error")
+READ_PATHS = [
+    *(("/events", accept) for accept in ("*/*", "application/jsonl", "text/event-stream")),
+    *(("/events?tail=2", "*/*"), ("/events?topic=a&event_id=1", "*/*")),
+    *(("/events?after=latest", "*/*"), ("/topics", "*/*"), ("/stats", "*/*")),
+]
+
+
+@pytest.mark.parametrize("error", [UNREADABLE, RuntimeError("in /secret"), MemoryError()])
+async def test_a_read_that_fails_is_503_and_unhealthy_until_one_works(
+    error: Exception, reads: Reads, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    await service.publish(event())
+    reads.error = error
+    reason = str(error) if error is UNREADABLE else type(error).__name__
+    for path, accept in READ_PATHS:
+        answer = await service.ask("GET", path, headers={"Accept": accept})
+        assert answer.detail(503) == f"The database cannot be read: {reason}"
+    assert (await service.ask("HEAD", "/events")).status == 503
+    for path in "/health", "/":
+        sick = await service.ask("GET", path)
+        expected = {"status": "failing", "reason": f"Reads fail: {reason}"}
+        assert (sick.status, sick.document) == (503, HEALTH | expected)
+    metrics = samples((await service.ask("GET", "/metrics")).body.decode())
+    assert metrics["aggregator_healthy"] == 0
+    assert metrics['aggregator_requests_refused_total{status="503"}'] == len(READ_PATHS) + 1
+    assert "aggregator_database_bytes" not in metrics
+    assert (await service.publish(event())).counts == (1, 0, 1), "publishing goes on"
+    assert errors_logged(caplog) == [f"Reads fail: {reason}"], "once, and not for each request"
+    reads.error = None
+    assert await service.health() == 200, "it tries for itself"
+    assert await service.stored() == [event()]
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("Reads work again") == 1
+    assert await service.metric("aggregator_healthy") == 1
+
+
+@pytest.mark.parametrize("method", ["page", "position", "find", "topics", "totals"])
+async def test_each_kind_of_read_may_fail_alone(
+    method: str, reads: Reads, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    await service.publish(event())
+    reads.error = UNREADABLE
+    reads.failing = [method]
+    path = {
+        "page": "/events",
+        "position": "/events?tail=1",
+        "find": "/events?topic=a&event_id=1",
+        "topics": "/topics",
+        "totals": "/stats",
+    }[method]
+    (await service.ask("GET", path)).detail(503)
+    assert errors_logged(caplog) == ["Reads fail: disk I/O error"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    ("path", "accept", "failing"),
+    [
+        *(("/events", accept, "page") for accept in ("*/*", "application/jsonl")),
+        *(("/events", "text/event-stream", "page"), ("/topics", "*/*", "topics")),
+        ("/stats", "*/*", "topics"),
+    ],
+)
+async def test_an_answer_that_fails_in_the_middle_is_reset(
+    version: str,
+    path: str,
+    accept: str,
+    failing: str,
+    reads: Reads,
+    service: InProcess,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await service.publish([event(topic=f"t{n:04}", event_id=str(n)) for n in range(1200)])
+    reads.error = UNREADABLE
+    reads.failing = [failing]
+    reads.good_calls = 2
+    async with service.connection(reading(path, version=version, accept=accept)) as client:
+        start = await client.reader.readuntil(b"t0001")
+        assert b" 200 " in start
+        with pytest.raises(ConnectionResetError):
+            await client.rest()
+    assert errors_logged(caplog) == ["Reads fail: disk I/O error"]
+    reads.error = None
+    assert len(await service.stored()) == 1200
+
+
+async def test_a_listing_is_reset_if_the_process_is_killed(
+    process: StartProcess,
+) -> None:
+    service = await process()
+    for number in range(8):
+        await service.publish(event(event_id=str(number), payload={"text": "x" * 1_000_000}))
+    lines = reading("/events", version="1.0", accept="application/jsonl")
+    async with service.connection(lines) as client, service.connection(lines) as other:
+        await client.reader.readuntil(b"event_id")
+        await other.reader.readuntil(b"event_id")
+        await service.kill()
+        for each in client, other:
+            with pytest.raises(ConnectionResetError):
+                await each.rest()
+
+
+async def test_a_parameter_of_any_size_is_no_server_error(service: InProcess) -> None:
     for value in "9" * 30, "9223372036854775807", "9223372036854775808":
-        assert await service.stored(after=value) == []
+        (fault,) = (await service.ask("GET", "/events", after=value)).detail(422)
+        assert (fault["type"], fault["ctx"]) == ("less_than_equal", {"le": 0})
         assert (await service.ask("GET", "/events", limit=value)).status == 200
 
 
-async def test_after_latest_means_only_what_comes_from_now_on(service: InProcess) -> None:
+async def test_after_latest_means_what_comes_from_now_on(service: InProcess) -> None:
     await service.publish(numbered(range(3)))
     last_seq = (await service.read())["last_seq"]
     found = await service.read(after="latest")
@@ -2033,23 +3387,15 @@ async def test_ndjson_is_the_same_events_a_line_each(service: InProcess) -> None
 # --- The live feed -----------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def only_news_wakes_a_feed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The heartbeat would hide that a feed was not told of an event."""
-    monkeypatch.setattr(aggregator, "HEARTBEAT_SECONDS", 3600.0)
-
-
-async def test_a_feed_replays_what_is_stored_and_goes_on_with_what_comes(
+async def test_a_feed_replays_what_is_stored_and_goes_on(
     service: InProcess,
 ) -> None:
     sent = numbered(range(5))
     await service.publish(sent[:3])
     async with service.feed() as feed:
-        assert feed.headers["content-type"].startswith("text/event-stream")
-        assert feed.headers["cache-control"] == "no-store"
+        assert feed.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert feed.headers["cache-control"] == "no-store, no-transform"
         assert feed.headers["x-accel-buffering"] == "no"
-        first = await feed.block()
-        assert list(first) == ["retry"] and int(first["retry"]) > 0
         assert [each for _, each in await feed.take(3)] == sent[:3]
         await service.publish(sent[:4])  # three of them again: nothing to tell
         assert [each for _, each in await feed.take(1)] == sent[3:4]
@@ -2059,20 +3405,88 @@ async def test_a_feed_replays_what_is_stored_and_goes_on_with_what_comes(
 
 
 async def test_a_feed_starts_after_the_number_that_it_is_given(service: InProcess) -> None:
-    await service.publish(numbered(range(10)))
-    async with service.feed(after=4) as feed:
-        assert await feed.take(2) == [(5, event(event_id="4")), (6, event(event_id="5"))]
-    async with service.feed(after=2, last_event_id="7") as feed:  # as EventSource reconnects
-        assert (await feed.take(1))[0][0] == 8
-    async with service.feed(after="latest") as feed:
-        await service.publish(numbered(range(10, 12)))
-        assert [each for _, each in await feed.take(2)] == numbered(range(10, 12))
+    await service.publish(numbered(range(1, 11)))
+    for query, last_event_id, first in [
+        ({}, "", 1),
+        ({"after": 4}, "", 5),
+        ({"after": 2}, "7", 8),  # as EventSource reconnects
+        ({"tail": 3}, "", 8),
+        ({"tail": 3}, "5", 6),
+        ({"after": "latest"}, "9", 10),
+        ({"after": 2}, " ", 3),  # an empty one means none
+        ({"lastEventId": "6"}, "", 7),
+        ({"lastEventId": "6", "after": 1}, "", 7),
+        ({"lastEventId": "6"}, "8", 9),
+        ({"lastEventId": ""}, "", 1),
+        ({"lastEventId": "0", "tail": 1}, "", 1),
+    ]:
+        async with service.feed(last_event_id=last_event_id, **query) as feed:
+            expected = (first, event(event_id=str(first)))
+            assert await feed.take(1) == [expected], (query, last_event_id)
 
 
-async def test_a_bad_last_event_id_is_422(service: InProcess) -> None:
-    headers = {"Accept": "text/event-stream", "Last-Event-ID": "x"}
-    (fault,) = (await service.ask("GET", "/events", headers=headers)).detail(422)
-    assert fault["type"] == "int_parsing"
+@pytest.mark.parametrize("query", [{"after": "latest"}, {"tail": 0}])
+async def test_a_feed_from_now_on_is_told_its_position_first(
+    query: dict[str, Any], service: InProcess
+) -> None:
+    await service.publish(numbered(range(1, 4)))
+    async with service.feed(**query) as feed:
+        message = await feed.message()
+        assert message.pop("retry") == "1000"
+        assert message == {"event": "position", "id": "3", "data": '{"last_seq": 3}'}
+    await service.publish(numbered(range(4, 6)))  # while it is away
+    async with service.feed(**query, last_event_id=message["id"]) as feed:
+        first = await feed.message()
+        assert "event" not in first, "it resumes"
+        assert first["id"] == "4"
+        assert await feed.take(1) == [(5, event(event_id="5"))]
+
+
+async def test_a_tail_on_a_feed_goes_on_with_what_comes(service: InProcess) -> None:
+    async with service.feed(tail=2) as empty, service.feed(topic="b", tail=1) as of_topic:
+        assert (await empty.message())["event"] == "position"
+        await service.publish([*numbered(range(1, 4), topic="b"), event(topic="a", event_id="4")])
+        assert [seq for seq, _ in await empty.take(4)] == [1, 2, 3, 4]
+        assert [seq for seq, _ in await of_topic.take(3)] == [1, 2, 3]
+    async with service.feed(tail=2) as feed, service.feed(topic="b", tail=2) as of_topic:
+        await service.publish(event(topic="b", event_id="5"))
+        first = await feed.message()
+        assert "event" not in first and first["id"] == "3", "no position, as there are events"
+        assert [seq for seq, _ in await feed.take(2)] == [4, 5]
+        assert [seq for seq, _ in await of_topic.take(3)] == [2, 3, 5]
+
+
+async def test_a_feed_with_a_limit_ends_after_so_many_events(service: InProcess) -> None:
+    await service.publish(numbered(range(1, 701)))
+    for limit in 1, 500, 501:
+        async with service.feed(limit=limit) as feed:
+            assert len(await feed.take(10**6)) == limit
+    async with service.feed(limit=3, after=698) as feed:
+        assert [seq for seq, _ in await feed.take(2)] == [699, 700]
+        await service.publish(numbered(range(701, 711)))
+        assert [seq for seq, _ in await feed.take(10)] == [701]
+    await until(lambda: subscribers(service, 0))
+
+
+@pytest.mark.parametrize("where", ["header", "query"])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("x", "int_parsing"), ("-1", "greater_than_equal"), ("5", "less_than_equal")],
+)
+async def test_a_place_that_cannot_be_resumed_is_422(
+    where: str, value: str, kind: str, service: InProcess
+) -> None:
+    await service.publish(numbered(range(4)))
+    headers = {"Accept": "text/event-stream"}
+    query = {}
+    if where == "header":
+        headers["Last-Event-ID"] = value
+    else:
+        query["lastEventId"] = value
+    (fault,) = (await service.ask("GET", "/events", headers=headers, **query)).detail(422)
+    assert fault["type"] == kind
+    assert fault["loc"] == [where, "Last-Event-ID" if where == "header" else "lastEventId"]
+    assert kind != "less_than_equal" or fault["ctx"] == {"le": 4}
 
 
 async def test_a_feed_of_one_topic_has_only_its_own_events(service: InProcess) -> None:
@@ -2085,34 +3499,184 @@ async def test_a_feed_of_one_topic_has_only_its_own_events(service: InProcess) -
         assert [each["topic"] for _, each in await other.take(1)] == ["new"]
 
 
-async def test_no_event_slips_past_a_feed_at_whatever_moment_it_comes(service: InProcess) -> None:
-    chance = random.Random(6)
+async def test_a_batch_wakes_the_feeds_of_all_its_new_topics(service: InProcess) -> None:
+    await service.publish(event(topic="old"))
+    last = (await service.read())["last_seq"]
+    async with contextlib.AsyncExitStack() as stack:
+        feeds = {
+            topic: await stack.enter_async_context(service.feed(topic=topic, after=last))
+            for topic in ("old", "a", "b", "c")
+        }
+        commits = service.app[aggregator.COMMITS_KEY]
+        waiting = commits.next_event("old")
+        await service.publish([event(topic=topic) for topic in ("old", "a", "b", "b", "c")])
+        for topic in "a", "b", "c":
+            assert [each for _, each in await feeds[topic].take(1)] == [event(topic=topic)]
+        assert not waiting.done(), "it has nothing new"
+
+
+async def test_no_event_slips_past_a_feed_at_whatever_moment(service: InProcess) -> None:
     async with service.feed() as feed:
-        for each in numbered(range(100)):
+        for number, each in enumerate(numbered(range(90))):
             await service.publish(each)
             assert [found for _, found in await feed.take(1)] == [each]
-            await asyncio.sleep(chance.random() * 0.004)  # another moment in the life of the feed
+            for _ in range(number % 30):  # another moment in the life of the feed
+                await asyncio.sleep(0)
 
 
-async def test_a_page_from_before_an_event_is_not_shared_with_who_waits_for_the_next_one(
-    monkeypatch: pytest.MonkeyPatch, service: InProcess
+async def test_twenty_feeds_at_one_place_read_once(
+    pace: Pace, reads: Reads, service: InProcess
 ) -> None:
-    read, is_read = Store.read, asyncio.Event()
+    async with contextlib.AsyncExitStack() as stack:
+        feeds = [await stack.enter_async_context(service.feed()) for _ in range(20)]
+        quiet = [await stack.enter_async_context(service.feed(topic="quiet")) for _ in range(3)]
+        await until(lambda: subscribers(service, 23))
+        assert reads.count("page") == 23, "they came one by one"
+        for number in range(1, 4):
+            with pace.held():
+                await service.publish(event(event_id=str(number)))
+                for feed in feeds:
+                    assert await feed.take(1) == [(number, event(event_id=str(number)))]
+                await until(lambda: pace.waiting == 20)
+                assert reads.count("page") == 22 + 2 * number, "for all of them"
+            while pace.waiting or reads.count("page") < 23 + 2 * number:  # and they rest again
+                await asyncio.sleep(0)
+        assert pace.active == [20] * 60, "idle feeds slow nobody down"
+        assert len(quiet) == 3
 
-    async def slow_read(self: Store, query: str, **values: Any) -> Any:
-        row = await read(self, query, **values)
-        if values:  # a page, on its way to the first subscriber while event and second come
-            is_read.set()
-            await asyncio.sleep(0.2)
-        return row
 
-    monkeypatch.setattr(Store, "read", slow_read)
-    async with service.feed() as first:
-        await asyncio.wait_for(is_read.wait(), PATIENCE_SECONDS)
-        await service.publish(event())
-        async with service.feed() as second:
-            for feed in (first, second):
-                assert [each for _, each in await feed.take(1)] == [event()]
+async def test_feeds_give_way_to_publishing(pace: Pace, service: InProcess) -> None:
+    assert 0.001 <= pace <= 0.01
+    await service.publish(numbered(range(1200)))
+    async with service.feed() as feed:
+        with pace.held():
+            await until(lambda: pace.waiting)
+            assert (await service.publish(event(event_id="new"))).counts == (1, 1, 0)
+        assert len(await feed.take(1201)) == 1201
+        await until(lambda: len(pace.active) >= 3)
+    assert set(pace.active) == {1}, "it pauses after each page"
+
+
+async def test_what_feeds_wait_for_is_gone_with_the_last_one(service: InProcess) -> None:
+    commits = service.app[aggregator.COMMITS_KEY]
+    one = commits.next_event("a")
+    assert commits.next_event("a") is one
+    assert commits.next_event("b") is not one and commits.next_event(None) is not one
+    gone = weakref.ref(one)
+    del one
+    assert gone() is None
+    async with service.feed(topic="x") as feed:
+        await until(lambda: subscribers(service, 1))
+        await service.publish(event(topic="x"))
+        await feed.take(1)
+    before = commits.next_event("x")
+    await service.publish([event(topic="y"), event(topic="x")])  # the second is a duplicate
+    assert not before.done()
+    await service.publish(event(topic="x", event_id="2"))
+    await until(before.done)
+
+
+async def test_commits_of_another_process_wake_a_feed(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve, process: StartProcess
+) -> None:
+    assert aggregator.WATCH_SECONDS <= 1
+    monkeypatch.setattr(aggregator, "WATCH_SECONDS", 0.02)
+    other = await process()
+    service = await serve(other.db)
+    async with service.feed() as feed, service.feed(topic="b") as of_topic:
+        await until(lambda: subscribers(service, 2))
+        await other.publish(event(topic="a"))
+        assert await feed.take(1) == [(1, event(topic="a"))]
+        await other.publish(event(topic="b"))
+        assert await of_topic.take(1) == await feed.take(1) == [(2, event(topic="b"))]
+        await service.publish(event(topic="b", event_id="ours"))
+        await of_topic.take(1)
+        await other.publish(event(topic="b", event_id="theirs"))
+        assert await of_topic.take(1) == [(4, event(topic="b", event_id="theirs"))]
+
+
+async def test_news_of_some_topics_wakes_their_feeds_alone(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    news: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+    def changed(store: SqliteStore) -> list[str]:  # as PostgresStore answers
+        with contextlib.suppress(queue.Empty):
+            return news.get(timeout=0.05)
+        return []
+
+    monkeypatch.setattr(SqliteStore, "changed", changed)
+    service = await serve()
+    commits = service.app[aggregator.COMMITS_KEY]
+    waiting = {topic: commits.next_event(topic) for topic in ("a", "b", None)}
+    news.put(["b", "nobody waits for this"])
+    await until(waiting["b"].done)
+    await until(waiting[None].done)
+    assert not waiting["a"].done()
+
+
+async def test_a_feed_is_woken_though_its_own_commit_came_after_anothers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(aggregator, "WATCH_SECONDS", 0.0)
+    db = str(tmp_path / "events.db")
+    one = SqliteStore(db)
+    other = SqliteStore(db)
+
+    def commit(store: SqliteStore, *events: dict[str, Any]) -> None:
+        store.commit([validate(json_of(events), store.encode)])
+
+    assert one.changed() == ()
+    commit(one, event(event_id="1"))
+    assert one.changed() == ()
+    assert other.changed() is None
+    assert other.changed() == ()
+    commit(other, event(event_id="2"))
+    commit(one, event(event_id="3"))  # so the highest number is its own
+    assert one.changed() is None
+    assert one.changed() == ()
+    commit(one, event(event_id="3"), event(event_id="4"), event(event_id="4"))
+    assert one.changed() == ()
+    commit(one, event(event_id="4"))
+    assert one.changed() == ()
+    commit(one, event(event_id="4"), event(event_id="4.1"), event(event_id="4.2"))
+    assert one.changed() == ()
+    commit(other, event(event_id="5"))
+    commit(one, event(event_id="5"))  # a duplicate of what it has not seen yet
+    assert one.changed() is None
+    assert one.changed() == ()
+    one.close()
+    other.close()
+
+
+async def test_a_page_from_before_an_event_is_not_shared(
+    pace: Pace, reads: Reads, service: InProcess
+) -> None:
+    async with service.feed() as feed:
+        with pace.held():
+            await service.publish(event(event_id="1"))
+            await feed.take(1)
+            await until(lambda: pace.waiting)  # before it reads on
+            with reads.held("page"):
+                late = asyncio.create_task(first_event(service, after=1))
+                await until(lambda: reads.waiting)  # with a page without the second event
+                await service.publish(event(event_id="2"))
+                pace.release()
+                for _ in range(10):  # the first feed reads on now, and waits for what comes next
+                    await asyncio.sleep(0)
+        assert await feed.take(1) == [(2, event(event_id="2"))]
+        assert await late == event(event_id="2")
+
+
+async def first_event(service: Service, **query: Any) -> dict[str, Any]:
+    """The first event on a feed of its own."""
+    async with service.feed(**query) as feed:
+        ((_, found),) = await feed.take(1)
+        return found
+
+
+def test_a_feed_is_silent_for_15_seconds_at_most() -> None:
+    assert HEARTBEAT_SECONDS == 15
 
 
 async def test_silence_on_a_feed_is_broken_by_comments(
@@ -2121,27 +3685,34 @@ async def test_silence_on_a_feed_is_broken_by_comments(
     monkeypatch.setattr(aggregator, "HEARTBEAT_SECONDS", 0.02)
     service = await serve()
     async with service.feed() as feed:
-        assert "retry" in await feed.block()
+        assert await feed.line() == "retry: 1000\n"
         for _ in range(3):
-            assert list(await feed.block()) == [""]
+            assert (await feed.line()).startswith(":"), "and no blank line after it"
         await service.publish(event())
         assert [each for _, each in await feed.take(1)] == [event()]
-        assert await service.metric("aggregator_live_subscribers") == 1
-    await until(lambda: no_subscribers(service))
+        assert await subscribers(service, 1)
+        assert await feed.line() == ": nothing new\n"
+    await until(lambda: subscribers(service, 0))
 
 
-async def no_subscribers(service: Service) -> bool:
-    return await service.metric("aggregator_live_subscribers") == 0
+async def test_a_busy_feed_has_no_comments(
+    monkeypatch: pytest.MonkeyPatch, service: InProcess
+) -> None:
+    await service.publish(numbered(range(1500)))
+    async with service.feed() as feed:
+        lines = [await feed.line() for _ in range(3 * 1500 + 1)]
+    assert lines.pop(0) == "retry: 1000\n"
+    assert {line[:3] for line in lines} == {"id:", "dat", "\n"}
 
 
-async def test_an_event_is_one_line_of_data_whatever_is_in_it(service: InProcess) -> None:
+async def test_an_event_is_one_line_of_data(service: InProcess) -> None:
     awkward = event(payload={"a\nb": "c\r\nd\n\ndata: e\u2028\u0085"})
     await service.publish(awkward)
     async with service.feed() as feed:
         assert [each for _, each in await feed.take(1)] == [awkward]
 
 
-async def test_twenty_subscribers_see_every_event_once_in_order_while_many_publish(
+async def test_subscribers_see_every_event_once_in_order(
     service: InProcess,
 ) -> None:
     async def subscriber(impatience: int) -> list[tuple[int, dict[str, Any]]]:
@@ -2165,7 +3736,7 @@ async def test_twenty_subscribers_see_every_event_once_in_order_while_many_publi
         assert [each for _, each in found] == truth
 
 
-async def test_a_feed_ends_at_shutdown_and_is_resumed_after_the_restart(
+async def test_a_feed_ends_at_the_stop_and_is_resumed(
     monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     monkeypatch.setattr(aggregator, "SHUTDOWN_SECONDS", 2 * PATIENCE_SECONDS)  # it must not wait
@@ -2173,8 +3744,7 @@ async def test_a_feed_ends_at_shutdown_and_is_resumed_after_the_restart(
     await service.publish(numbered(range(3)))
     async with service.feed() as feed:
         found = await feed.take(3)
-        for _ in range(5):  # meanwhile the feed comes to rest
-            await service.stats()
+        await until(lambda: subscribers(service, 1))
         stopping = asyncio.create_task(service.stop())
         assert await feed.take(1) == [], "the feed ends"
         await stopping
@@ -2185,10 +3755,10 @@ async def test_a_feed_ends_at_shutdown_and_is_resumed_after_the_restart(
     assert [each for _, each in found] == numbered(range(6))
 
 
-# --- Stats -------------------------------------------------------------------------------------
+# --- Stats and topics --------------------------------------------------------------------------
 
 
-async def test_stats_count_what_was_acknowledged_and_name_the_topics_in_order(
+async def test_stats_count_what_was_acknowledged(
     service: InProcess,
 ) -> None:
     empty = (await service.ask("GET", "/stats")).document
@@ -2202,6 +3772,56 @@ async def test_stats_count_what_was_acknowledged_and_name_the_topics_in_order(
     assert tuple(stats[name] for name in COUNTERS) == (8, 7, 1)
     assert stats["topics"] == sorted({"b", "a", "Z", "ü", "10", "9", "🎉"})
     await all_adds_up(service)
+
+
+async def test_topics_are_listed_by_name_in_pages(service: InProcess) -> None:
+    assert (await service.ask("GET", "/topics")).document == {"topics": [], "count": 0}
+    names = sorted(['"', "a", "ab", "b", "Z", "ü", "10", "9", "🎉", "\uffff"])
+    for number, name in enumerate(names):
+        await service.publish(numbered([*range(number + 1), 0], topic=name))
+    expected = {name: (number + 2, number + 1, 1) for number, name in enumerate(names)}
+    found = (await service.ask("GET", "/topics")).document
+    assert list(found) == ["topics", "count"] and found["count"] == 10
+    assert list(found["topics"][0]) == ["topic", *COUNTERS]
+    assert await service.topics() == expected
+    assert list(await service.topics()) == names
+    for limit in 1, 3, 10, 11:
+        after = ""
+        listed: list[str] = []
+        while page := list(await service.topics(after=after, limit=limit)):
+            assert len(page) == min(limit, 10 - len(listed))
+            listed += page
+            after = page[-1]
+        assert listed == names
+    assert await service.topics(after="aa", limit=1) == {"ab": expected["ab"]}
+    assert await service.topics(after="\U0010ffff") == {}
+
+
+async def test_topics_are_read_in_bounded_pages(reads: Reads, service: InProcess) -> None:
+    names = [f"{'🎉' * 500}{number:03}" for number in range(100)]
+    await service.publish([event(topic=name) for name in names])
+    reads.calls.clear()
+    stats = (await service.ask("GET", "/stats")).document
+    assert stats["topics"] == names == list(await service.topics())
+    limits = [arguments[1] for name, arguments in reads.calls if name == "topics"]
+    assert max(limits) * 512 * 4 < 80_000, "bytes in a page"
+    assert len(limits) > 6
+    reads.calls.clear()
+    await service.ask("GET", "/metrics")
+    assert {name for name, _ in reads.calls} == {"totals", "size"}, "it never reads names"
+
+
+async def test_uptime_is_in_seconds_and_does_not_follow_the_clock(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    started = time.monotonic()
+    service = await serve()
+    is_up = time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    await asyncio.sleep(0.05)
+    least = time.monotonic() - is_up
+    uptime = (await service.ask("GET", "/stats")).document["uptime_seconds"]
+    assert least - 0.01 <= uptime <= time.monotonic() - started + 0.01
 
 
 async def test_counters_and_duplicates_are_remembered_after_a_restart(serve: Serve) -> None:
@@ -2221,55 +3841,116 @@ async def test_counters_and_duplicates_are_remembered_after_a_restart(serve: Ser
 # --- Health ------------------------------------------------------------------------------------
 
 
-async def test_health_says_what_it_is_and_that_it_runs(service: InProcess) -> None:
-    answer = await service.ask("GET", "/")
-    assert (answer.status, answer.document) == (
-        200,
-        {"service": "Event Aggregator", "status": "running", "version": "1.0.0"},
-    )
-    head = await service.ask("HEAD", "/")
+HEALTH = {"service": "Event Aggregator", "status": "running", "version": "1.0.0"}
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+async def test_health_says_what_it_is_and_that_it_runs(path: str, service: InProcess) -> None:
+    answer = await service.ask("GET", path)
+    assert (answer.status, answer.document) == (200, HEALTH)
+    head = await service.ask("HEAD", path)
     assert (head.status, head.body) == (200, b"")
+    options = await service.ask("OPTIONS", path)
+    assert (options.status, options.headers["allow"]) == (200, "GET, HEAD, OPTIONS")
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "reason"),
     [
-        sqlite3.OperationalError("disk I/O error"),
-        sqlite3.OperationalError("database or disk is full"),
-        sqlite3.DatabaseError("database disk image is malformed"),
-        OSError(28, "No space left on device", "/secret/path"),
-        RuntimeError("in /secret/path"),
-        MemoryError(),
+        (aggregator.Unavailable("disk I/O error"), "disk I/O error"),
+        (aggregator.Unavailable("database or disk is full"), "database or disk is full"),
+        (OSError(28, "No space left on device", "/secret/path"), "OSError"),
+        (RuntimeError("in /secret/path"), "RuntimeError"),
+        (MemoryError(), "MemoryError"),
     ],
-    ids=lambda error: type(error).__name__,
 )
-async def test_whatever_makes_commits_fail_is_503_and_unhealthy_until_one_works(
-    error: Exception, disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
+async def test_what_makes_commits_fail_is_503_until_one_works(
+    error: Exception,
+    reason: str,
+    disk: Disk,
+    service: InProcess,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     disk.error = error
     async with commit_held(disk, service) as waiting:  # behind it a group of several
         waiting += [asyncio.create_task(service.publish(numbered([n]))) for n in range(1, 5)]
         await until(lambda: queued(service, 4))
     answers = [*await asyncio.gather(*waiting), await service.publish(event())]
-    sick = await service.ask("GET", "/")
     for answer in answers:
-        assert answer.detail(503)
-    assert (sick.status, sick.document["status"]) == (503, "failing")
-    assert len(sick.document) > 3, "it gives a reason"
-    assert not any(b"/secret" in answer.body for answer in [*answers, sick])
-    assert (await service.ask("HEAD", "/")).status == 503
+        assert answer.detail(503) == f"The database cannot be written: {reason}"
+    assert disk.groups == [1, 4, 1], "a group is not taken apart for what is not in it"
+    for path, accept in ("/", "*/*"), ("/health", "text/html"):
+        sick = await service.ask("GET", path, headers={"Accept": accept})
+        expected = HEALTH | {"status": "failing", "reason": f"Commits fail: {reason}"}
+        assert (sick.status, sick.document) == (503, expected)
+    page = await service.ask("GET", "/", headers={"Accept": "text/html"})
+    assert (page.status, page.headers["content-type"]) == (503, "text/html; charset=utf-8")
+    for method in "HEAD", "OPTIONS":
+        assert (await service.ask(method, "/")).status == 503
+    assert await service.metric("aggregator_healthy") == 0
     assert rows(service.db) == [] and await service.stats() == (0, 0, 0)
-    said = [record for record in caplog.records if is_error(record)]
-    assert len(said) == 1, "the log says once what is wrong, not once a request"
-    caplog.clear()
+    assert errors_logged(caplog) == [f"Commits fail: {reason}"], "once, and not for each request"
 
     disk.error = None
     assert (await service.publish([event(), event()])).counts == (2, 1, 1)
-    assert await service.health() == 200
+    assert (await service.ask("GET", "/")).document == HEALTH
+    assert await service.metric("aggregator_healthy") == 1
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said.count("Commits work again") == 1
     assert await all_adds_up(service) == [event()]
 
 
-async def test_a_database_locked_by_another_program_is_503_until_it_is_free(
+async def test_another_reason_is_logged_too(
+    disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    for reason in "disk I/O error", "disk I/O error", "database or disk is full":
+        disk.error = aggregator.Unavailable(reason)
+        (await service.publish(event())).detail(503)
+    assert errors_logged(caplog) == [
+        "Commits fail: disk I/O error",
+        "Commits fail: database or disk is full",
+    ]
+
+
+async def test_health_mends_itself_though_nobody_publishes(
+    monkeypatch: pytest.MonkeyPatch, disk: Disk, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aggregator, "WATCH_SECONDS", 0.01)
+    service = await serve()
+    await until(lambda: service.stats())
+    assert disk.probes == 0, "nothing fails"
+    disk.error = aggregator.Unavailable("disk I/O error")
+    (await service.publish(event())).detail(503)
+    await until(lambda: disk.probes >= 3)
+    assert await service.health() == 503
+    assert errors_logged(caplog) == ["Commits fail: disk I/O error"]
+    disk.error = None
+
+    async def is_well() -> bool:
+        return await service.health() == 200
+
+    await until(is_well)
+    assert disk.groups == [1]
+    assert await service.metric("aggregator_group_commit_seconds_count") == 0, "no probe counts"
+    assert await service.stats() == (0, 0, 0)
+    assert await service.metric("aggregator_requests_queued") == 0
+    probes = disk.probes
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    assert disk.probes == probes
+
+
+def test_a_probe_fails_where_a_commit_would(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "events.db"))
+    before = (tmp_path / "events.db-wal").stat().st_size
+    assert store.commit([]).is_new == b""
+    assert (tmp_path / "events.db-wal").stat().st_size > before, "it is written to the disk"
+    shutil.move(tmp_path / "events.db-wal", tmp_path / "elsewhere")
+    with pytest.raises(aggregator.Unavailable):
+        store.commit([])
+    store.close()
+
+
+async def test_a_database_locked_by_another_program_is_503(
     monkeypatch: pytest.MonkeyPatch, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(aggregator, "BUSY_SECONDS", 0.02)
@@ -2285,33 +3966,170 @@ async def test_a_database_locked_by_another_program_is_503_until_it_is_free(
     assert await service.health() == 200
 
 
-async def test_a_group_that_fails_for_what_is_in_it_is_halved_until_only_the_culprit_fails(
+async def test_a_group_fails_only_for_the_request_that_is_unstorable(
     disk: Disk, service: InProcess
 ) -> None:
-    limit = sys.getrecursionlimit()
-    poison = json_of(event(event_id="poison", payload="HERE"))
-    deep = b'{"a":' * 3000 + b"1" + b"}" * 3000  # SQLite reads 1000 levels, or 2000
-    poison = poison.replace(b'"HERE"', deep)
-    bodies = [json_of(event(event_id="a")), poison, json_of([event(event_id="b"), event()])]
-    sys.setrecursionlimit(50_000)  # so Python takes what SQLite does not
-    try:
-        async with commit_held(disk, service) as waiting:
-            for number, body in enumerate(bodies):
-                waiting.append(asyncio.create_task(service.publish(body)))
-                await until(lambda: queued(service, number + 1))
-        _, good, bad, also_good = await asyncio.gather(*waiting)
-    finally:
-        sys.setrecursionlimit(limit)
-    assert (good.counts, also_good.counts) == ((1, 1, 0), (2, 2, 0))
-    (fault,) = bad.detail(422)
-    assert fault["type"] == "json_invalid"
+    disk.poison = "poison"
+    batches = [numbered([1]), [event(event_id="poison")], [event(event_id="2"), event()]]
+    async with commit_held(disk, service) as waiting:
+        await queue_up(service, waiting, batches)
+    _, good, bad, also_good = await asyncio.gather(*waiting)
+    assert (good.counts, also_good.counts) == ((1, 1, 0), (2, 1, 1))
+    assert bad.detail(422) == [NO_JSON | {"loc": ["body"], "ctx": {"error": "it is poisoned"}}]
     assert disk.groups == [1, 4, 1, 3, 1, 2], "in halves, until only the culprit fails"
-    assert [each["event_id"] for each in await all_adds_up(service)][1:] == ["a", "b", "1"]
+    assert [each["event_id"] for each in await all_adds_up(service)] == ["held", "1", "2"]
     assert await service.health() == 200
+    assert await service.metric("aggregator_group_commit_events_sum") == 4
+
+
+def test_what_sqlite_refuses_for_its_content_is_told_from_the_rest(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "events.db"))
+    good = validate(json_of(event()), store.encode)
+    for text in b"[1", b'["t","1","x","s",' + b"[" * 5000 + b"]" * 5000 + b"]":
+        with pytest.raises(aggregator.Unstorable):
+            store.commit([good, good._replace(text=text)])
+    assert store.commit([good]).is_new == b"\1", "nothing of the group was stored"
+    store.close()
+
+
+MISHAPS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "the database is removed": (Path.unlink, "database"),
+    "the database is moved": (lambda db: db.rename(db.with_name("moved.db")), "database"),
+    "the database is replaced": (
+        lambda db: (shutil.copy(db, db.with_name("copy")), db.with_name("copy").replace(db)),
+        "database",
+    ),
+    "the log is removed": (lambda db: db.with_name(db.name + "-wal").unlink(), "write-ahead log"),
+    "the folder is moved": (lambda db: db.parent.rename(db.parent.with_name("moved")), "database"),
+    "the folder is removed": (lambda db: shutil.rmtree(db.parent), "database"),
+}
+
+
+@posix
+@pytest.mark.parametrize("case", MISHAPS)
+async def test_nothing_is_acknowledged_into_a_file_that_is_gone(
+    case: str, serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    happens, what = MISHAPS[case]
+    db = tmp_path / "data" / "events.db"
+    service = await serve(db)
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    happens(db)
+    reason = f"the {what} was removed, moved or replaced; start the service again"
+    for _ in range(3):
+        answer = await service.publish(event(event_id="2"))
+        assert answer.detail(503) == f"The database cannot be written: {reason}"
+    sick = await service.ask("GET", "/health")
+    assert sick.status == 503 and f"Commits fail: {reason}" in sick.document["reason"]
+    if case.endswith(" moved"):  # and back: who knows what happened meanwhile
+        if "folder" in case:
+            db.parent.with_name("moved").rename(db.parent)
+        else:
+            db.with_name("moved.db").rename(db)
+        (await service.publish(event(event_id="2"))).detail(503)
+    await service.stop()
+    assert {message.partition(":")[0] for message in errors_logged(caplog)} <= {
+        "Commits fail",
+        "Looks for news fail",
+    }
+    service = await serve(db)
+    assert (await service.publish(event(event_id="2"))).status == 202
+    assert await service.health() == 200
+    await all_adds_up(service)
+
+
+@posix
+async def test_a_file_that_is_gone_is_noticed_though_nobody_publishes(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aggregator, "WATCH_SECONDS", 0.01)
+    service = await serve()
+    service.db.unlink()
+
+    async def is_sick() -> bool:
+        return await service.health() == 503
+
+    await until(is_sick)
+    await service.stop()
+    assert all("start the service again" in message for message in errors_logged(caplog))
+
+
+@pytest.mark.parametrize("worker", ["commit", "changed"])
+async def test_a_worker_that_ends_stops_the_process_with_a_clear_line(
+    worker: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Ended(BaseException):
+        """No Exception, so it ends the worker."""
+
+    def end(*arguments: Any) -> Any:
+        raise Ended
+
+    monkeypatch.setattr(SqliteStore, worker, end)
+    service = Service(tmp_path / "events.db")
+    service.port = free_port()
+    settings = Settings(port=service.port, db=str(service.db))
+    with handlers_restored():
+        serving = asyncio.create_task(aggregator.serve(settings))
+        if worker == "commit":
+
+            async def is_open() -> bool:
+                return not await is_closed(service)
+
+            await until(is_open)
+            with pytest.raises(aiohttp.ClientError):
+                await service.publish(event())
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert await serving == 1
+    await service.session.close()
+    said = errors_logged(caplog)
+    assert said[0] == "Commits fail: a worker of this process has ended"
+    assert said[-1] == "Stopped, because a worker of this process has ended. Start it again"
+
+
+async def test_an_exception_in_looking_for_news_ends_no_worker(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aggregator, "WATCH_SECONDS", 0.01)
+    really_changed = SqliteStore.changed
+    errors: list[Exception] = [aggregator.Unavailable("disk I/O error"), RuntimeError("secret")]
+
+    def changed(store: SqliteStore) -> Any:
+        if errors:
+            raise errors.pop(0)
+        return really_changed(store)
+
+    monkeypatch.setattr(SqliteStore, "changed", changed)
+    service = await serve()
+
+    async def is_well() -> bool:
+        return not errors and await service.health() == 200
+
+    await until(is_well)
+    assert errors_logged(caplog) == [
+        "Looks for news fail: disk I/O error",
+        "Looks for news fail: RuntimeError",
+    ]
+    assert (await service.publish(event())).counts == (1, 1, 0)
+
+
+def test_a_start_without_threads_fails_and_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(aggregator.StoreError, match="can't start new thread"):
+        SqliteStore(str(tmp_path / "events.db"))
+    assert [path.name for path in tmp_path.iterdir()] == ["events.db"], "it is closed"
+    assert threading.active_count() == 1
 
 
 @pytest.mark.skipif(not (HERE / "dashboard.html").exists(), reason="no dashboard.html")
-async def test_a_browser_gets_a_page_that_fetches_nothing_from_elsewhere(
+async def test_a_browser_gets_a_page_that_fetches_nothing_elsewhere(
     service: InProcess,
 ) -> None:
     accept = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
@@ -2327,6 +4145,29 @@ async def test_a_browser_gets_a_page_that_fetches_nothing_from_elsewhere(
     for accept in "*/*", "application/json":
         answer = await service.ask("GET", "/", headers={"Accept": accept})
         assert answer.document["status"] == "running"
+
+
+@pytest.mark.parametrize("worker", ["writer", "reader"])
+async def test_it_does_not_listen_without_all_its_threads(
+    worker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    really_start = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith(worker):
+            raise RuntimeError("can't start new thread")
+        really_start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    before = threading.active_count()
+    service = InProcess(tmp_path / "events.db")
+    with pytest.raises((RuntimeError, aggregator.StoreError), match="can't start new thread"):
+        await service.start()
+    await service.session.close()
+    await service.stop()
+    assert service.port == 0, "it has not listened"
+    assert [path.name for path in tmp_path.iterdir()] == ["events.db"], "the file is closed"
+    assert threading.active_count() == before
 
 
 # --- The page ----------------------------------------------------------------------------------
@@ -3017,13 +4858,15 @@ def samples(text: str) -> dict[str, float]:
     return values
 
 
-async def test_metrics_are_prometheus_text_with_true_values(service: InProcess) -> None:
+async def test_metrics_are_prometheus_text_with_true_values(serve: Serve) -> None:
+    before = time.time()
+    service = await serve()
     await service.publish(numbered([1, 2, 2]))
     await service.publish(event(event_id="3"))
     await service.publish(b"nonsense")
     await service.ask("GET", "/nothing")
     await service.ask("GET", "/nothing")
-    async with service.feed() as feed:
+    async with service.feed() as feed:  # it idles: it is counted all the same
         await feed.take(3)
         answer = await service.ask("GET", "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -3037,6 +4880,9 @@ async def test_metrics_are_prometheus_text_with_true_values(service: InProcess) 
         "aggregator_in_flight_bytes": 0,
         "aggregator_requests_queued": 0,
         "aggregator_live_subscribers": 1,
+        "aggregator_healthy": 1,
+        "aggregator_log_lines_dropped_total": 0,
+        "aggregator_checkpoint_failures_total": 0,
         "aggregator_group_commit_seconds_count": 2,
         "aggregator_group_commit_events_count": 2,
         "aggregator_group_commit_events_sum": 4,
@@ -3045,11 +4891,13 @@ async def test_metrics_are_prometheus_text_with_true_values(service: InProcess) 
         'aggregator_group_commit_events_bucket{le="5"}': 2,
     }
     assert {name: found.get(name) for name in expected} == expected
-    assert found["aggregator_group_commit_seconds_sum"] > 0
-    assert found["aggregator_database_bytes"] >= service.db.stat().st_size > 0
-    assert abs(found["process_start_time_seconds"] - time.time()) < 3600
-    (build,) = [name for name in found if name.startswith("aggregator_build_info{")]
-    assert 'version="1.0.0"' in build and found[build] == 1
+    assert 0 < found["aggregator_group_commit_seconds_sum"] <= time.time() - before
+    log = service.db.with_name(service.db.name + "-wal")
+    assert found["aggregator_log_bytes"] == log.stat().st_size > 0
+    assert found["aggregator_database_bytes"] == service.db.stat().st_size + log.stat().st_size
+    assert before <= found["process_start_time_seconds"] <= time.time()
+    build = f'aggregator_build_info{{version="1.0.0",sqlite="{sqlite3.sqlite_version}"}}'
+    assert found[build] == 1
 
 
 async def test_histograms_are_cumulative_and_end_in_infinity(service: InProcess) -> None:
@@ -3066,6 +4914,44 @@ async def test_histograms_are_cumulative_and_end_in_infinity(service: InProcess)
         assert bounds == sorted(bounds) and bounds[-1] == math.inf
         assert list(buckets.values()) == sorted(buckets.values())
         assert buckets[math.inf] == found[f"{name}_count"] == 5
+
+
+def test_the_seconds_of_a_commit_are_seconds(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "events.db"))
+    batch = validate(json_of(numbered(range(2000))), store.encode)
+    before = time.perf_counter()
+    outcome = store.commit([batch])
+    took = time.perf_counter() - before
+    assert outcome.seconds <= took < 10 * outcome.seconds
+    assert outcome.is_new == b"\1" * 2000
+    store.close()
+
+
+def test_a_histogram_counts_a_value_up_to_and_with_its_bound() -> None:
+    values = aggregator.Histogram(1, 5)
+    for value in 0.5, 1, 1.5, 5, 5.5, 100:
+        values.observe(value)
+    assert aggregator.histogram("h", "What it is.", values).samples == {
+        '_bucket{le="1"}': 2,
+        '_bucket{le="5"}': 4,
+        '_bucket{le="+Inf"}': 6,
+        "_sum": 113.5,
+        "_count": 6,
+    }
+
+
+async def test_a_scrape_costs_the_same_at_any_age(connections: Connections, serve: Serve) -> None:
+    service = await serve()
+    connections.count_steps()
+    await service.ask("GET", "/metrics")
+    first = connections.steps
+    await service.publish([event(topic=str(n % 200), event_id=str(n)) for n in range(1000)])
+    for number in range(20):
+        await service.publish(event(topic=f"more {number}"))
+    connections.steps = 0
+    answer = await service.ask("GET", "/metrics")
+    assert 0 < connections.steps <= first + 10
+    assert answer.body.count(b"\n") < 100
 
 
 # --- The contract as OpenAPI -------------------------------------------------------------------
@@ -3488,7 +5374,7 @@ async def test_its_examples_are_true(service: InProcess) -> None:
 # --- The log -----------------------------------------------------------------------------------
 
 
-async def test_the_log_has_a_line_for_each_event_and_nothing_that_a_client_could_forge(
+async def test_the_log_has_nothing_that_a_client_could_forge(
     process: StartProcess,
 ) -> None:
     service = await process(API_TOKEN="t0ken")
@@ -3506,16 +5392,120 @@ async def test_the_log_has_a_line_for_each_event_and_nothing_that_a_client_could
     lines = service.log().split("\n")
     assert lines.pop() == ""
     said = [re.fullmatch(r"[0-9 :,-]+ - aggregator - ([A-Z]+ - .+)", line)[1] for line in lines]
-    assert [line for line in said if "event" in line] == [
+    assert [line for line in said if re.search("new event|duplicate event", line)] == [
         "INFO - Processed new event: topic=order, event_id=001",
         "INFO - Processed new event: topic=é %s, event_id=🎉",
         "INFO - Processed new event: topic=order.created, event_id=last",
         "WARNING - Dropped duplicate event: topic=order, event_id=001",
         "INFO - Processed new event: topic=order.created, event_id=kept",
     ]
-    assert len(said) <= 5 + 3, "there is no access log"
+    assert len(said) == 5 + 7, "there is no access log"
     never = "forged|t0ken|wr0ng|Traceback|[\x00-\x09\x0b-\x1f\x7f-\x9f]"
     assert not re.search(never, service.log())
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        (logging.DEBUG, ["Processed", "Dropped", "Refused"]),
+        (logging.INFO, ["Processed", "Dropped"]),
+        (logging.WARNING, ["Dropped"]),
+        (logging.ERROR, []),
+    ],
+)
+async def test_each_level_shows_what_belongs_to_it(
+    level: int, expected: list[str], service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(level, "aggregator")
+    await service.publish(event())
+    await service.publish(event())
+    await service.ask("GET", '/a"%0Aforged')
+    await service.stop()
+    said = [record.getMessage() for record in caplog.records if record.name == "aggregator"]
+    assert [line.split(" ")[0] for line in said] == expected
+    if level == logging.DEBUG:
+        assert said[-1] == r'''Refused GET "/a\"\nforged": 404 "Not Found"'''
+
+
+async def test_a_batch_is_logged_line_by_line_in_its_order(
+    service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aggregator")
+    await service.publish([event(topic=f"t{n}", event_id=f"%s{n % 3}") for n in (0, 1, 0, 2, 1)])
+    await service.stop()
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [each for each in said if "event: " in each[1]] == [
+        (
+            "INFO",
+            "\n".join(f"Processed new event: topic=t{n}, event_id=%s{n}" for n in range(3)),
+        ),
+        (
+            "WARNING",
+            "\n".join(f"Dropped duplicate event: topic=t{n}, event_id=%s{n}" for n in range(2)),
+        ),
+    ]
+
+
+def test_each_line_of_a_record_has_its_own_time_and_level() -> None:
+    record = logging.LogRecord("a", logging.WARNING, "f", 1, "one\ntwo %s", ("\nthree",), None)
+    lines = aggregator.LinesFormatter("%(message)s").format(record).split("\n")
+    assert [line[line.index(" - ") :] for line in lines] == [
+        " - a - WARNING - one",
+        " - a - WARNING - two ",
+        " - a - WARNING - three",
+    ]
+    assert len({line[: line.index(" - ")] for line in lines}) == 1
+
+
+async def test_a_log_that_nobody_reads_holds_nothing_up(
+    process: StartProcess, tmp_path: Path
+) -> None:
+    service = await process(kind=PipedProcess)
+    name = "x" * 512
+    for number in range(6):  # 7 MB of lines; a pipe takes 64 KB, and the queue 4 MiB
+        batch = [event(topic=name, event_id=f"{number}-{n:0508}") for n in range(1000)]
+        assert (await service.publish(batch)).counts == (1000, 1000, 0)
+    dropped = await service.metric("aggregator_log_lines_dropped_total")
+    assert 1000 < dropped < 6000
+    assert await service.health() == 200
+    os.set_blocking(service.pipe, True)
+    stopping = asyncio.create_task(service.terminate())
+    text = service.log() + (await asyncio.to_thread(read_all, service.pipe)).decode()
+    assert await stopping == 0
+    lines = text.splitlines()
+    said = re.findall("WARNING - ([0-9]+) lines of the log were dropped: it was not read", text)
+    assert sum(map(int, said)) == dropped
+    assert len([line for line in lines if "Processed new event" in line]) == 6000 - dropped
+    assert len(rows(service.db)) == 6000
+
+
+def read_all(descriptor: int) -> bytes:
+    """What comes out of a pipe, until its other end is closed."""
+    with open(descriptor, "rb") as pipe:
+        return pipe.read()
+
+
+def test_a_line_that_cannot_be_written_is_counted(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # so that each write fails
+    handler = aggregator.LogHandler(writer)
+    handler.setFormatter(aggregator.LinesFormatter("%(message)s"))
+    handler.emit(logging.LogRecord("a", logging.INFO, "f", 1, "one\ntwo", (), None))
+    handler.flush()
+    assert handler.dropped_lines == 2
+    other_reader, other_writer = os.pipe()
+    os.dup2(other_writer, writer)
+    handler.emit(logging.LogRecord("a", logging.INFO, "f", 1, "\udc00 three", (), None))
+    handler.flush()
+    text = os.read(other_reader, 10_000).decode()
+    assert re.fullmatch(
+        r"[^\n]+ - a - INFO - \\udc00 three\n"
+        r"[^\n]+ - aggregator - WARNING - 2 lines of the log were dropped: [^\n]+\n",
+        text,
+    )
+    assert handler.dropped_lines == 2
+    for descriptor in writer, other_reader, other_writer:
+        os.close(descriptor)
 
 
 # --- Durability and crashes --------------------------------------------------------------------
@@ -3565,16 +5555,18 @@ class Book:
         assert received <= self.sent
 
 
-async def test_what_was_acknowledged_survives_kill_9_in_the_middle_of_publishing(
+async def test_acknowledged_events_survive_kill_9_under_load(
     process: StartProcess,
 ) -> None:
-    chance, book = random.Random(9), Book(set(), 0, 0)
+    chance = random.Random(9)
+    book = Book(set(), 0, 0)
     service = await process()
-    for _ in range(5):
+    for _ in range(3):
         book.answers = 0
         crowd = [asyncio.create_task(book.keep_publishing(service, chance)) for _ in range(12)]
-        enough = chance.randrange(50, 150)
-        await until(lambda: book.answers >= enough)
+        enough = chance.randrange(50, 100)
+        while book.answers < enough:
+            await asyncio.sleep(0.005)
         await service.kill()
         await asyncio.gather(*crowd)
         await service.start()
@@ -3582,7 +5574,7 @@ async def test_what_was_acknowledged_survives_kill_9_in_the_middle_of_publishing
     assert "ERROR" not in service.log()
 
 
-async def test_two_processes_on_one_file_keep_exact_counters_and_store_nothing_twice(
+async def test_two_processes_on_one_file_store_nothing_twice(
     process: StartProcess, serve: Serve
 ) -> None:
     one = await process()
@@ -3606,28 +5598,130 @@ async def test_two_processes_on_one_file_keep_exact_counters_and_store_nothing_t
         assert len(await all_adds_up(service)) == sums[1]
 
 
+@pytest.fixture
+def often_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is moved into the database after some pages already."""
+    monkeypatch.setattr(aggregator, "CHECKPOINT_PAGES", 60)
+    monkeypatch.setattr(aggregator, "CHECKPOINT_REST_PAGES", 20)
+    monkeypatch.setattr(aggregator, "CHECKPOINT_RETRY_PAGES", 15)
+
+
+def log_path(service: Service) -> Path:
+    """The write-ahead log."""
+    return service.db.with_name(service.db.name + "-wal")
+
+
+async def keep_writing(service: Service, commits: int) -> None:
+    """So many commits of some twenty pages each."""
+    for _ in range(commits):
+        batch = [event(event_id=str(uuid.uuid4()), source="x" * 400) for _ in range(100)]
+        assert (await service.publish(batch)).counts == (100, 100, 0)
+
+
+async def starts_anew(service: Service) -> None:
+    """Writes until the log starts anew from its beginning: its salt changes."""
+
+    def salt() -> bytes:
+        return log_path(service).read_bytes()[16:24]
+
+    before = salt()
+
+    async def has_changed() -> bool:
+        await keep_writing(service, 1)
+        return salt() != before
+
+    await until(has_changed)
+
+
+async def test_the_log_starts_anew_again_and_again(
+    often_checkpoints: None, service: InProcess
+) -> None:
+    await keep_writing(service, 1)
+    for _ in range(4):
+        await starts_anew(service)
+    assert service.db.stat().st_size > 500_000, "it was moved"
+    assert await service.metric("aggregator_checkpoint_failures_total") == 0
+    await all_adds_up(service)
+
+
+async def test_a_checkpoint_that_fails_is_logged_once_and_counted(
+    often_checkpoints: None,
+    connections: Connections,
+    service: InProcess,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    connections.refuse_checkpoints(True)
+
+    async def have_failed_thrice() -> bool:
+        await keep_writing(service, 1)
+        return await service.metric("aggregator_checkpoint_failures_total") >= 3
+
+    await until(have_failed_thrice)
+    said = errors_logged(caplog)
+    assert said == ["Checkpoints fail, so the write-ahead log grows: not authorized"]
+    assert await service.health() == 200, "nothing is lost by it"
+    connections.refuse_checkpoints(False)
+    await starts_anew(service)
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("Checkpoints work again") == 1
+    await starts_anew(service)
+    await all_adds_up(service)
+
+
+async def test_a_log_that_another_program_holds_is_warned_of_once(
+    often_checkpoints: None,
+    monkeypatch: pytest.MonkeyPatch,
+    service: InProcess,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert aggregator.WARN_WAL_BYTES == 1e9
+    monkeypatch.setattr(aggregator, "WARN_WAL_BYTES", 900_000)
+    await keep_writing(service, 1)
+    with contextlib.closing(sqlite3.connect(service.db, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM events").fetchone()
+        await keep_writing(service, 30)
+        held = log_path(service).stat().st_size
+        assert held > 2_000_000, "it cannot start anew"
+        said = [record.getMessage() for record in caplog.records]
+        assert len([each for each in said if "write-ahead log has grown to" in each]) == 1
+        assert await service.metric("aggregator_log_bytes") == held
+        other.execute("COMMIT")
+    await starts_anew(service)
+    await all_adds_up(service)
+
+
+def test_it_closes_though_a_checkpoint_is_due(often_checkpoints: None, tmp_path: Path) -> None:
+    for number in range(10):
+        store = SqliteStore(str(tmp_path / "events.db"))
+        for start in range(0, 400, 100):
+            ids = range(number * 1000 + start, number * 1000 + start + 100)
+            store.commit([validate(json_of(numbered(ids, source="x" * 400)), store.encode)])
+        store.close()
+        assert [path.name for path in tmp_path.iterdir()] == ["events.db"]
+    assert len(rows(tmp_path / "events.db")) == 4000
+
+
 # --- Overload and bad clients ------------------------------------------------------------------
 
 
-async def test_beyond_the_bytes_in_flight_a_request_is_503_and_later_it_is_taken(
+async def test_beyond_the_bytes_in_flight_a_request_is_503(
     serve: Serve,
 ) -> None:
     service = await serve(max_body_bytes=1000, max_in_flight_bytes=1500)
     body = json_of(event(event_id="slow")).ljust(1000)
     async with service.connection(request(body[:-1], length=1000)) as slow:
-        await until(lambda: in_flight(service, 1000))
-        answer = await service.publish(json_of(event()).ljust(600))
+        await until(lambda: in_flight(service, 999))
+        answer = await service.publish(json_of(event()).ljust(502))
         assert answer.detail(503)
-        assert (await service.publish(json_of(event()).ljust(500))).counts == (1, 1, 0)
+        assert (await service.publish(json_of(event()).ljust(501))).counts == (1, 1, 0)
         await slow.send(body[-1:])
         assert (await slow.answer()).counts == (1, 1, 0)
     assert await in_flight(service, 0)
     assert (await service.publish(json_of(event()).ljust(1000))).counts == (1, 0, 1)
 
 
-async def test_a_compressed_body_counts_as_it_is_and_once_it_is_unpacked_with_its_full_size(
-    disk: Disk, serve: Serve
-) -> None:
+async def test_an_unpacked_body_counts_with_its_full_size(disk: Disk, serve: Serve) -> None:
     service = await serve(max_body_bytes=1000, max_in_flight_bytes=1500)
     small, large = (gzip.compress(json_of(event()).ljust(size)) for size in (200, 1000))
     with disk.held():
@@ -3643,19 +5737,13 @@ async def test_a_compressed_body_counts_as_it_is_and_once_it_is_unpacked_with_it
 async def test_a_failing_disk_lets_the_bodies_go_at_once(
     disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk.error = sqlite3.OperationalError("database or disk is full")
+    disk.error = aggregator.Unavailable("database or disk is full")
     body = json_of(event(payload={"text": "x" * 500_000}))
-    gc.disable()  # so that nothing may wait for it
-    tracemalloc.start()
-    try:
+    with memory() as measured:
         for _ in range(40):
             (await service.publish(body)).detail(503)
-        held, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-        gc.enable()
-    caplog.clear()
-    assert held < 10_000_000, "of twice 20 MB"
+    assert errors_logged(caplog) == ["Commits fail: database or disk is full"]
+    assert measured.held < 10_000_000, "of twice 20 MB"
 
 
 async def test_bytes_are_in_flight_until_the_commit(disk: Disk, serve: Serve) -> None:
@@ -3665,18 +5753,145 @@ async def test_bytes_are_in_flight_until_the_commit(disk: Disk, serve: Serve) ->
         waiting = [asyncio.create_task(service.publish(body)) for _ in range(2)]
         await until(lambda: in_flight(service, 1800))
         assert (await service.publish(body)).detail(503)
-        async with service.connection(b"POST /publish HTTP/1.1\r\nHost: localhost\r\n") as client:
-            await client.send(b"Transfer-Encoding: chunked\r\n\r\n")  # it could become 1000 bytes
-            assert (await client.answer()).detail(503)
     assert sorted([(await answer).counts for answer in waiting]) == [(1, 0, 1), (1, 1, 0)]
     await until(lambda: in_flight(service, 0))
+
+
+async def test_a_body_counts_by_what_has_arrived_of_it(serve: Serve) -> None:
+    service = await serve(max_body_bytes=100_000, max_in_flight_bytes=100_000)
+    async with contextlib.AsyncExitStack() as stack:
+        for sent in range(1, 201):  # each announces all the room that there is
+            begun = request(b"[", length=100_000)
+            await stack.enter_async_context(service.connection(begun))
+        await until(lambda: in_flight(service, sent))
+        for number in range(20):
+            assert (await service.publish(event(event_id=str(number)))).counts == (1, 1, 0)
+    await until(lambda: in_flight(service, 0))
+
+
+async def test_small_bodies_in_chunks_exclude_nobody(disk: Disk, serve: Serve) -> None:
+    service = await serve(max_body_bytes=100_000, max_in_flight_bytes=100_000)
+
+    bodies = [json_of(event(event_id=str(number))) for number in range(20)]
+    with disk.held():
+        waiting = [asyncio.create_task(service.publish(in_chunks(body))) for body in bodies]
+        await until(lambda: in_flight(service, sum(map(len, bodies))))
+    assert {(await answer).counts for answer in waiting} == {(1, 1, 0)}
+
+
+def hurry_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where room is short, every body is too slow."""
+    monkeypatch.setattr(aggregator, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(aggregator, "SLOW_BYTES_PER_SECOND", 10**9)
+
+
+async def test_a_body_that_has_arrived_is_not_hurried_any_more(
+    monkeypatch: pytest.MonkeyPatch, disk: Disk, serve: Serve
+) -> None:
+    hurry_everybody(monkeypatch)
+    service = await serve(max_body_bytes=1000, max_in_flight_bytes=1500)
+    body = json_of(event()).ljust(1000)
+    for _ in range(2):
+        async with service.connection(request(body[:-1], length=1000)) as client:
+            with disk.held():
+                await until(lambda: in_flight(service, 999))
+                await client.send(body[-1:])
+                await until(lambda: in_flight(service, 1000))
+                (await service.publish(body)).detail(503)  # which hurries those that are slow
+            assert (await client.answer()).status == 202
+    assert await in_flight(service, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bytes_per_second", "is_hurried"),
+    [(0.0, 10**9, True), (0.0, 0, False), (60.0, 10**9, False)],
+)
+async def test_only_a_body_that_hardly_moves_is_hurried(
+    seconds: float,
+    bytes_per_second: int,
+    is_hurried: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    serve: Serve,
+) -> None:
+    monkeypatch.setattr(aggregator, "SLOW_SECONDS", seconds)
+    monkeypatch.setattr(aggregator, "SLOW_BYTES_PER_SECOND", bytes_per_second)
+    service = await serve(max_body_bytes=1000, max_in_flight_bytes=1500)
+    body = json_of(event()).ljust(1000)
+    async with service.connection(request(body[:-1], length=1000)) as client:
+        await until(lambda: in_flight(service, 999))
+        (await service.publish(body)).detail(503)
+        if not is_hurried:
+            await client.send(body[-1:])
+        assert (await client.answer()).status == (503 if is_hurried else 202)
+
+
+async def large_log(service: Service, megabytes: int) -> None:
+    """More than the sockets on the way to a reader can hold."""
+    for number in range(megabytes):
+        body = event(event_id=str(number), payload={"text": "x" * 1_000_000})
+        assert (await service.publish(body)).counts == (1, 1, 0)
+
+
+async def test_a_reader_that_takes_nothing_for_a_minute_is_let_go(
+    monkeypatch: pytest.MonkeyPatch, service: InProcess
+) -> None:
+    assert aggregator.READER_SECONDS == 60
+    await large_log(service, 8)
+    monkeypatch.setattr(aggregator, "READER_SECONDS", 0.2)
+    async with service.connection(reading("/events")) as client:
+        await until(client.is_reset)
+    lines = reading("/events", accept="text/event-stream")
+    async with service.connection(lines) as client:
+        await until(client.is_reset)
+    await until(lambda: subscribers(service, 0))
+    assert len(await service.stored()) == 8, "who takes something now and then may go on"
+
+
+async def test_readers_that_read_nothing_leave_room_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, service: InProcess
+) -> None:
+    await large_log(service, 8)
+    monkeypatch.setattr(aggregator, "READERS_BYTES", 1_500_000)
+    monkeypatch.setattr(aggregator, "STUCK_SECONDS", 0.1)
+    monkeypatch.setattr(aggregator, "SLOW_SECONDS", 0.05)
+    async with contextlib.AsyncExitStack() as stack:
+        stuck = [
+            await stack.enter_async_context(service.connection(reading(f"/events?after={n}")))
+            for n in range(3)
+        ]
+        for client in stuck:
+            await client.reader.readuntil(b"event_id")
+        assert len(await service.stored()) == 8
+        assert any(client.is_reset() for client in stuck)
+    assert len(await service.stored()) == 8
+
+
+async def test_the_fuller_the_readers_room_the_smaller_the_pages(
+    monkeypatch: pytest.MonkeyPatch, reads: Reads, service: InProcess
+) -> None:
+    await large_log(service, 8)
+    await service.publish(numbered(range(100, 120)))
+    monkeypatch.setattr(aggregator, "READERS_BYTES", 2_000_000)
+    async with service.connection(reading("/events")) as client:
+        await client.reader.readuntil(b"event_id")
+
+        async def is_stuck() -> bool:
+            before = reads.count("page")
+            await service.stats()
+            return reads.count("page") == before
+
+        await until(is_stuck)
+        reads.calls.clear()
+        assert len(await service.stored(topic="order.created", tail=15)) == 15
+        asked = [arguments[-1] for name, arguments in reads.calls if name == "page"]
+        assert 1 <= max(asked) <= 2_000_000 // 64
 
 
 async def test_senders_of_half_a_body_keep_nobody_out(
     monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    monkeypatch.setattr(aggregator, "SLOW_SECONDS", 0.0)
-    service = await serve(max_body_bytes=1000, max_in_flight_bytes=3000)
+    hurry_everybody(monkeypatch)
+    service = await serve(max_body_bytes=1000, max_in_flight_bytes=1700)
     whole = request(json_of(event()).ljust(1000))
     async with contextlib.AsyncExitStack() as connections:
         slow, crowd = [
@@ -3686,7 +5901,7 @@ async def test_senders_of_half_a_body_keep_nobody_out(
             ]
             for begun, number in ((whole[:-500], 3), (b"", 50))
         ]
-        await until(lambda: in_flight(service, 3000))
+        await until(lambda: in_flight(service, 3 * 500))
         for client in crowd:
             await client.send(whole)
             await asyncio.sleep(0)  # so that they come at every moment of making room
@@ -3697,14 +5912,65 @@ async def test_senders_of_half_a_body_keep_nobody_out(
     assert rows(service.db) == [event()]
 
 
-async def test_silent_connections_do_not_keep_others_from_being_served(service: InProcess) -> None:
+async def test_silent_connections_keep_nobody_out(service: InProcess) -> None:
     async with contextlib.AsyncExitStack() as connections:
         for half in [b"", b"POST /pub", request(b'{"topic"', length=500)] * 60:
             await connections.enter_async_context(service.connection(half))
         assert (await service.publish(event())).counts == (1, 1, 0)
 
 
-async def test_an_event_is_stored_though_its_client_hangs_up_during_the_commit(
+@posix
+async def test_established_clients_are_served_without_free_descriptors(
+    process: StartProcess,
+) -> None:
+    service = await process(ulimit="-n 64")
+    async with contextlib.AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+
+        async def publish(number: int) -> int:
+            body = json_of(event(event_id=str(number)))
+            headers = {"Content-Type": "application/json"}
+            async with session.post(f"{service.url}/publish", data=body, headers=headers) as answer:
+                return answer.status
+
+        assert await publish(0) == 202
+        for _ in range(150):
+            await stack.enter_async_context(service.connection())
+        await until(lambda: "New connections cannot be accepted" in service.log())
+        assert [await publish(number) for number in range(1, 50)] == [202] * 49
+        began = time.monotonic()
+        assert await service.terminate() == 0
+        assert time.monotonic() - began < PATIENCE_SECONDS / 2
+    assert service.log().count("cannot be accepted") == 1, "once a minute"
+    assert "Traceback" not in service.log()
+
+
+@posix
+async def test_the_limit_of_open_files_is_raised(process: StartProcess) -> None:
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux tells the limits of another process")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    service = await process(ulimit="-Sn 256")
+    soft, same = resource.prlimit(service.popen.pid, resource.RLIMIT_NOFILE)
+    assert (soft, same) == (min(10_000, hard), hard)
+
+
+@posix
+async def test_deep_nesting_is_safe_on_a_small_stack(process: StartProcess) -> None:
+    service = await process(ulimit="-s 512")
+    for depth in 20_000, 4000, 1000, 501:
+        for inner in nested(depth), b"[" * depth + b"]" * depth:
+            for outer in b'{"a":%b}', b"[%b]", b'{"event_id":1,"payload":%b}':
+                (fault,) = (await service.publish(outer % inner)).detail(422)
+                assert fault == TOO_DEEP
+    assert (await service.publish(nested_event(499))).counts == (1, 1, 0)
+    for accept in "application/json", "text/event-stream":
+        async with service.connection(reading("/events?limit=1", accept=accept)) as client:
+            assert nested(499) in await client.rest()
+
+
+async def test_an_event_is_stored_though_its_client_hangs_up(
     disk: Disk, service: InProcess
 ) -> None:
     with disk.held():
@@ -3738,16 +6004,17 @@ GARBAGE = [
     request(b"{}", headers="Content-Type: \xff\r\n"),
     request(b"{}", headers="Expect: the unexpected\r\n"),
     request(b"", length=5),
-    b"POST /publish HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
-    b"POST /publish HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n",
+    CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n",
+    CHUNKED + b"ffffffffffffffff\r\n",
 ]
 
 
-async def test_whatever_one_client_sends_its_neighbours_are_served_and_no_traceback_is_logged(
+async def test_whatever_one_client_sends_its_neighbours_are_served(
     process: StartProcess,
 ) -> None:
     service = await process("--max-body-bytes", "300000")
-    chance, statuses = random.Random(66), Counter()
+    chance = random.Random(66)
+    statuses: Counter[int] = Counter()
     bodies = [body for body, _ in BAD_BODIES]
     bodies += [json_of(event(**{field: value})) for field, value, _ in BAD_FIELDS[::4]]
     bodies += [json_of([*numbered(range(50)), 5]), json_of([{}] * 100_000)]
@@ -3765,9 +6032,9 @@ async def test_whatever_one_client_sends_its_neighbours_are_served_and_no_traceb
             statuses[(await service.publish(body, Content_Encoding=encoding)).status] += 1
         for garbage in GARBAGE:
             async with service.connection(garbage) as client:
-                with contextlib.suppress(TimeoutError, ConnectionError):
-                    async with asyncio.timeout(0.02):
-                        assert b" 500 " not in await client.reader.readline()
+                client.end()  # so that an answer comes, or the end
+                with contextlib.suppress(ConnectionError):
+                    assert b" 500 " not in await client.rest()
             async with service.feed() as feed:
                 await feed.take(1)  # and gone
 
@@ -3811,7 +6078,7 @@ async def test_what_was_accepted_before_the_stop_is_stored_and_answered(
     assert sorted(row["event_id"] for row in rows(service.db)) == [*"01234", "held"]
 
 
-async def test_what_was_accepted_is_stored_though_the_disk_is_too_slow_to_answer_in_time(
+async def test_what_was_accepted_is_stored_though_the_disk_is_slow(
     monkeypatch: pytest.MonkeyPatch, disk: Disk, serve: Serve
 ) -> None:
     monkeypatch.setattr(aggregator, "SHUTDOWN_SECONDS", 0.01)
@@ -3827,17 +6094,17 @@ async def test_what_was_accepted_is_stored_though_the_disk_is_too_slow_to_answer
     assert sorted(row["event_id"] for row in rows(service.db)) == ["2", "3", "held"]
 
 
-async def test_a_disk_that_fails_is_not_tried_again_and_again_while_stopping(
+async def test_a_disk_that_fails_is_not_tried_while_stopping(
     disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk.error = sqlite3.OperationalError("database is locked")
+    disk.error = aggregator.Unavailable("database is locked")
     (await service.publish(event())).detail(503)
     async with commit_held(disk, service) as waiting:
         waiting += [asyncio.create_task(service.publish(event())) for _ in range(3)]
         await until(lambda: queued(service, 3))
         before = await service.metric("aggregator_in_flight_bytes")
         async with service.connection(request(b"[", length=9)) as half:
-            await until(lambda: in_flight(service, 9 + before))
+            await until(lambda: in_flight(service, 1 + before))
             stopping = asyncio.create_task(service.stop())
             (await half.answer()).detail(503)  # so it is stopping
     for answer in waiting:
@@ -3847,49 +6114,121 @@ async def test_a_disk_that_fails_is_not_tried_again_and_again_while_stopping(
     caplog.clear()
 
 
-async def test_sigterm_under_load_ends_it_cleanly_within_3_seconds(
-    process: StartProcess, serve: Serve
-) -> None:
-    chance, book = random.Random(15), Book(set(), 0, 0)
+async def test_sigterm_under_load_ends_it_cleanly(process: StartProcess, serve: Serve) -> None:
+    chance = random.Random(15)
+    book = Book(set(), 0, 0)
     service = await process()
     crowd = [asyncio.create_task(book.keep_publishing(service, chance)) for _ in range(12)]
     half = request(b'{"topic"', length=500)
     async with service.feed() as feed, service.connection(half) as slow:
         await until(lambda: book.answers >= 50)
-        began = time.monotonic()
-        code = await service.terminate()
-        took = time.monotonic() - began
+        assert await service.terminate() == 0, "it has not run out of time"
         with contextlib.suppress(asyncio.IncompleteReadError):
             assert (await slow.answer()).detail(503)
         assert await feed.take(10**6), "the feed ends as a feed should"
     await asyncio.gather(*crowd)
-    assert (code, took < 3) == (0, True)
+    assert aggregator.SHUTDOWN_SECONDS == 1, "aiohttp waits twice so long at most"
     assert [path.name for path in service.db.parent.iterdir()] == ["events.db"]
     await book.check(await serve(service.db))
 
 
-async def is_closed(service: Service) -> bool:
-    """Whether nobody listens any more."""
-    try:
-        async with service.connection():
-            return False
-    except ConnectionError:
-        return True
-
-
-async def test_a_second_signal_ends_it_at_once(process: StartProcess) -> None:
+@posix
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
+)
+async def test_a_second_signal_ends_it_at_once(
+    first: int, second: int, process: StartProcess
+) -> None:
     service = await process()
     with locked(service.db):  # so that there is something to wait for
         body = json_of(event())
         waiting = asyncio.create_task(service.publish(body))
         await until(lambda: in_flight(service, len(body)))
-        service.popen.send_signal(signal.SIGTERM)
-        await until(lambda: is_closed(service))
-        began = time.monotonic()
-        await until(lambda: service.popen.send_signal(signal.SIGTERM) or service.popen.poll())
-        assert time.monotonic() - began < aggregator.SHUTDOWN_SECONDS
+        service.popen.send_signal(first)
+        await until(lambda: "Stopping" in service.log())
+        assert await service.terminate(second) == 128 + second
         with pytest.raises(aiohttp.ClientError):
             await waiting
+    assert "Traceback" not in service.log()
+
+
+@posix
+def test_a_stop_that_hangs_ends_before_docker_kills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    alarms: list[int] = []
+    stops: list[str] = []
+    exits: list[int] = []
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with handlers_restored():
+        aggregator.handle_signals(lambda: stops.append("stop"))
+        assert (alarms, stops) == ([], [])
+        signal.raise_signal(signal.SIGTERM)
+        assert (alarms, stops, exits) == ([9], ["stop"], [])
+        signal.raise_signal(signal.SIGALRM)
+    assert exits[0] == 128 + signal.SIGALRM
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """After what handles signals for the whole process."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGALRM"):
+        numbers.append(signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def test_a_database_that_is_locked_during_the_stop_delays_it_little(
+    process: StartProcess,
+) -> None:
+    service = await process()
+    with locked(service.db):
+        waiting = [asyncio.create_task(service.publish(event(event_id=str(n)))) for n in range(5)]
+        await until(lambda: in_flight(service, 5 * len(json_of(event()))))
+        began = time.monotonic()
+        assert await service.terminate() == 0
+        assert time.monotonic() - began < 8, "2 s for the lock, and not for each of them"
+        for answer in waiting:
+            with contextlib.suppress(aiohttp.ClientError):
+                (await answer).detail(503)
+    assert rows(service.db) == []
+
+
+async def test_a_reader_that_does_not_read_does_not_delay_the_stop(
+    process: StartProcess,
+) -> None:
+    service = await process()
+    await large_log(service, 8)
+    lines = reading("/events", version="1.0", accept="application/jsonl")
+    async with service.connection(lines) as client:
+        await client.reader.readuntil(b"event_id")
+        began = time.monotonic()
+        assert await service.terminate() == 0
+        assert time.monotonic() - began < 2 * aggregator.SHUTDOWN_SECONDS + 6
+        with pytest.raises(ConnectionResetError):
+            await client.rest()
+
+
+async def test_a_signal_before_it_listens_ends_it_too(tmp_path: Path) -> None:
+    popen = run_aggregator("--port", 0, "--db", tmp_path / "events.db")
+    popen.send_signal(signal.SIGTERM)
+    _, err = await asyncio.to_thread(finished, popen)
+    assert popen.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in err
+
+
+async def test_what_comes_during_the_stop_is_503(disk: Disk, service: InProcess) -> None:
+    commits = service.app[aggregator.COMMITS_KEY]
+    commits.stop()
+    assert (await service.publish(event())).detail(503) == "The service is stopping"
+    assert await service.stored() == []
+    async with service.feed() as feed:
+        assert await feed.take(1) == [], "a feed that begins now ends at once"
+    assert disk.groups == []
 
 
 # --- publisher.py ------------------------------------------------------------------------------
@@ -4076,9 +6415,7 @@ async def test_what_it_sends_is_valid_and_has_unique_ids() -> None:
     ("events", "rate", "unique"),
     [(5000, 0.2, 4000), (10, 0.0, 10), (10, 0.99, 1), (1, 0.5, 1), (3, 0.5, 1), (7, 0.3, 5)],
 )
-def test_the_share_of_repeats_is_as_asked(
-    events: int, rate: float, unique: int
-) -> None:
+def test_the_share_of_repeats_is_as_asked(events: int, rate: float, unique: int) -> None:
     run = planned(events=events, duplicate_rate=rate)
     assert (run.unique, len(run.order), set(run.order)) == (unique, events, set(range(unique)))
 
@@ -4470,18 +6807,14 @@ async def test_a_seed_that_was_sent_before_is_all_duplicates(
 
 
 @needs_publisher
-async def test_the_order_of_a_new_seed_is_judged_too(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_the_order_of_a_new_seed_is_judged_too(stand_in: StandIn, simulate: Simulate) -> None:
     stand_in.lie = lambda log: log.reverse()
     ended = await simulate(seed=7, concurrency=1)
     assert "out of order" in ended.verdict
 
 
 @needs_publisher
-async def test_only_what_came_since_it_began_is_read(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_only_what_came_since_it_began_is_read(stand_in: StandIn, simulate: Simulate) -> None:
     starts: list[int] = []
     stand_in.page = lambda page: starts.append(page["after"]) or page
     stand_in.log = [event(event_id=str(number)) for number in range(9)]
@@ -4722,9 +7055,7 @@ def test_a_service_that_hangs_is_tried_again_before_giving_up() -> None:
 
 
 @needs_publisher
-async def test_it_gives_up_if_asked_to_wait_too_long(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_it_gives_up_if_asked_to_wait_too_long(stand_in: StandIn, simulate: Simulate) -> None:
     stand_in.trouble = answers_with(503, times=999, Retry_After="6")
     ended = await simulate(concurrency=1)
     assert (ended.code, len(stand_in.posts)) == (1, 1)
@@ -4776,9 +7107,7 @@ async def test_it_says_that_it_waits_only_after_a_failure(
 
 
 @needs_publisher
-async def test_it_says_how_to_watch_a_run(
-    stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_it_says_how_to_watch_a_run(stand_in: StandIn, simulate: Simulate) -> None:
     said = (await simulate(events=50)).err
     fast = "as fast as it can (to watch it on the page there: --rate 3)"
     assert said == f"Sending 50 events to {stand_in.url}, {fast}\n"
@@ -4825,9 +7154,7 @@ async def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
 
 @needs_publisher
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_ends_it_cleanly(
-    number: int, stand_in: StandIn, simulate: Simulate
-) -> None:
+async def test_a_signal_ends_it_cleanly(number: int, stand_in: StandIn, simulate: Simulate) -> None:
     async def interrupt(post: int, _request: web.Request) -> None:
         if post == 3:
             signal.raise_signal(number)
@@ -5853,12 +8180,6 @@ class Laboratory:
             check=False,
         )
         return done.stdout.decode()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest_asyncio.fixture
