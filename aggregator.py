@@ -1038,7 +1038,9 @@ class Checkpoints:
         """Moves the rest, if it is the writer's turn; by the writer, between two commits."""
         if self._is_last_step:
             self._is_last_step = False
-            self._move(writer)
+            if self._move(writer) == 0 and self._is_failing:  # only now was the database synced
+                self._is_failing = False
+                log.warning("Checkpoints work again")
 
     def _keep_moving(self) -> None:
         """Runs in the thread: waits until a checkpoint is due, and makes it."""
@@ -1070,9 +1072,6 @@ class Checkpoints:
         if is_busy:  # another process is at it
             self._due_pages += CHECKPOINT_RETRY_PAGES
             return 0
-        if self._is_failing and pages == moved:  # only then was the database synced
-            self._is_failing = False
-            log.warning("Checkpoints work again")
         self._due_pages = max(CHECKPOINT_PAGES, pages + CHECKPOINT_RETRY_PAGES)
         self._warn(pages)
         return int(pages - moved)
@@ -1320,6 +1319,8 @@ class GroupCommit:
         self._health = health
         self._queue: asyncio.Queue[Submission] = asyncio.Queue()
         self._ready: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
+        self._writer_thread = ThreadPoolExecutor(1, "writer")
+        self._watcher_thread = ThreadPoolExecutor(1, "watcher")
         self._submitted = 0  # requests; the event loop counts these
         self._taken = 0  # requests; the writer counts these
         # What live feeds wait for, by topic (None: any). Weak: it is gone with the last one.
@@ -1330,9 +1331,7 @@ class GroupCommit:
     async def start(self) -> None:
         """Starts the consumer, the writer and the watcher; raises RuntimeError without a thread."""
         self._loop = asyncio.get_running_loop()
-        self.crashed: asyncio.Future[None] = self._loop.create_future()
-        self._writer_thread = ThreadPoolExecutor(1, "writer")
-        self._watcher_thread = ThreadPoolExecutor(1, "watcher")
+        self.crashed: asyncio.Future[str] = self._loop.create_future()
         await self._loop.run_in_executor(self._watcher_thread, time.sleep, 0)  # it can be started
         self._writer = self._loop.run_in_executor(self._writer_thread, self._write)
         self._consumer = asyncio.create_task(self._consume(), name="consumer")
@@ -1345,13 +1344,14 @@ class GroupCommit:
         if self.is_stopping:
             return
         why = None if worker.cancelled() else worker.exception()
-        self._health.fails(COMMITS, "a worker of this process has ended", why)
-        self.crash()
+        reason = "a worker of this process has ended"
+        self._health.fails(COMMITS, reason, why)
+        self.crash(reason)
 
-    def crash(self) -> None:
+    def crash(self, reason: str) -> None:
         """Has the process stop."""
         if not self.crashed.done():
-            self.crashed.set_result(None)
+            self.crashed.set_result(reason)
 
     async def submit(self, body: bytes) -> Counts:
         """Returns when the events of a body are on disk.
@@ -1521,7 +1521,7 @@ class GroupCommit:
         self._store.wake()
 
     async def finish(self) -> None:
-        """Returns when all that was submitted is answered and the threads have ended."""
+        """Returns when all that was submitted is answered, and the workers have ended."""
         self.is_stopping = True
         if not self.crashed.done():
             await self._queue.join()
@@ -1529,6 +1529,9 @@ class GroupCommit:
         self._watcher.cancel()
         self._ready.put(None)
         await asyncio.wait([self._writer])
+
+    def close(self) -> None:
+        """Ends the threads, also if only some of them could be started."""
         self._writer_thread.shutdown()
         self._watcher_thread.shutdown()
 
@@ -2223,12 +2226,9 @@ class Api:
                     if request.transport is not None:
                         request.transport.abort()
                     raise
-        except TimeoutError:
-            raise ConnectionError("the reader takes nothing") from None
-        except Refused as why:
+        except (TimeoutError, Refused):  # the reader takes nothing, or nothing more can be read
             if not response.prepared:
                 raise
-            raise ConnectionError("the answer cannot be completed") from why
         return response
 
     async def _write(self, response: web.StreamResponse, piece: bytes) -> None:
@@ -2560,6 +2560,8 @@ def create_app(settings: Settings) -> web.Application:
             yield
             await commits.finish()
         finally:
+            store.wake()
+            commits.close()
             api.finish()
             store.close()
 
@@ -2812,7 +2814,7 @@ async def serve(settings: Settings) -> int:
     finally:
         await runner.cleanup()
     if commits.crashed.done():
-        log.critical("Stopped, because of a fault that cannot be mended. Start it again")
+        log.critical("Stopped, because %s. Start it again", commits.crashed.result())
         return 1
     notice("Stopped")
     return 0
@@ -2823,8 +2825,7 @@ async def listen_again(runner: web.AppRunner, commits: GroupCommit, host: str, p
     try:
         await site(runner, host, port).start()
     except OSError as why:
-        log.critical("Nobody can listen on %s:%d any more: %s", host, port, why.strerror)
-        commits.crash()
+        commits.crash(f"nobody can listen on {host}:{port} any more: {why.strerror}")
 
 
 def handle_signals(stop: Callable[[], object]) -> None:

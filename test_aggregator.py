@@ -647,12 +647,14 @@ async def process(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Proce
         **environment: str,
     ) -> Process:
         log = tmp_path / f"{len(processes)}.log"
-        command = [sys.executable, *python, str(program), "--port", "0", "--db", str(db), *flags]
+        where = [] if "DB_PATH" in environment else ["--db", str(db)]
+        command = [sys.executable, *python, str(program), "--port", "0", *where, *flags]
         if ulimit:
             command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
-        processes.append(kind(db, log, command, environment))
-        await processes[-1].start()
-        return processes[-1]
+        started = kind(db, log, command, environment)
+        processes.append(started)
+        await started.start()
+        return started
 
     yield start
     for each in processes:
@@ -4030,7 +4032,7 @@ async def test_nothing_is_acknowledged_into_a_file_that_is_gone(
     await service.stop()
     assert {message.partition(":")[0] for message in errors_logged(caplog)} <= {
         "Commits fail",
-        "Looks for news fail",
+        "Checks of the database fail",
     }
     service = await serve(db)
     assert (await service.publish(event(event_id="2"))).status == 202
@@ -4109,8 +4111,8 @@ async def test_an_exception_in_looking_for_news_ends_no_worker(
 
     await until(is_well)
     assert errors_logged(caplog) == [
-        "Looks for news fail: disk I/O error",
-        "Looks for news fail: RuntimeError",
+        "Checks of the database fail: disk I/O error",
+        "Checks of the database fail: RuntimeError",
     ]
     assert (await service.publish(event())).counts == (1, 1, 0)
 
