@@ -1447,7 +1447,8 @@ async def create_server(loop, *arguments, **options):
     return server
 def fail_to_accept(loop, server):
     message = "Accept failed on a socket"
-    loop.call_exception_handler({"message": message, "exception": failures[0]})
+    context = {"message": message, "exception": failures[0], "socket": server.sockets[0]}
+    loop.call_exception_handler(context)
     server.close()
 failures = []
 asyncio.SelectorEventLoop.create_server = create_server
