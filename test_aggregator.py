@@ -1224,58 +1224,6 @@ def finished(popen: subprocess.Popen[str]) -> tuple[str, str]:
         return popen.communicate()
 
 
-# As on Windows: what POSIX alone has is taken away, and os.name says so.
-NO_POSIX = """
-import aiohttp.web, asyncio.unix_events, ctypes, os, pathlib, signal, sys
-def refuse(*arguments, **names):
-    raise NotImplementedError
-sys.modules["resource"] = None
-ctypes.CDLL = refuse
-asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = refuse
-for name in "SIGALRM", "alarm", "setitimer":
-    delattr(signal, name)
-os.open = refuse  # of a folder, to fsync it
-for module in pathlib, sys.modules.get("pathlib._local", pathlib):
-    module.WindowsPath = pathlib.PosixPath
-os.name = "nt"
-"""
-
-
-@posix
-async def test_it_runs_without_what_only_posix_has(process: StartProcess, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(NO_POSIX)
-    service = await process(PYTHONPATH=str(tmp_path))
-    assert (await service.publish([event(), event()])).counts == (2, 1, 1)
-    assert await service.stored() == [event()]
-    assert await service.health() == 200
-    assert await service.terminate(signal.SIGINT) == 0
-    assert "Traceback" not in service.log()
-
-
-@posix
-async def test_it_runs_without_standard_streams(tmp_path: Path) -> None:
-    service = Service(tmp_path / "events.db")
-    service.port = free_port()
-    flags = f"--port {service.port} --db {service.db}"
-    command = f"exec {sys.executable} {HERE / 'aggregator.py'} {flags} <&- >&- 2>&-"
-    popen = await asyncio.create_subprocess_shell(command, env=clean_environment({}))
-    try:
-
-        async def runs() -> bool:
-            return not await is_closed(service)
-
-        await until(runs)
-        assert (await service.publish([event(), event()])).counts == (2, 1, 1)
-        popen.terminate()
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            assert await popen.wait() == 0
-    finally:
-        await service.session.close()
-        if popen.returncode is None:
-            popen.kill()
-            await popen.wait()
-
-
 async def test_it_introduces_itself_and_says_that_it_has_stopped(
     process: StartProcess, tmp_path: Path
 ) -> None:
@@ -1322,14 +1270,6 @@ async def test_it_introduces_itself_and_says_that_it_has_stopped(
 )
 def test_the_link_works_where_it_is_read(host: str, link: str) -> None:
     assert aggregator.link(host, 80) == link
-
-
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-async def test_every_address_means_ipv4_too(process: StartProcess) -> None:
-    service = await process("--host", "::")
-    assert await service.health() == 200
-    async with service.session.get(f"http://[::1]:{service.port}/health") as response:
-        assert response.status == 200
 
 
 async def test_many_first_starts_at_once_all_succeed(tmp_path: Path) -> None:
@@ -6284,14 +6224,6 @@ async def test_a_reader_that_does_not_read_does_not_delay_the_stop(
         assert time.monotonic() - began < 2 * aggregator.SHUTDOWN_SECONDS + 6
         with pytest.raises(ConnectionResetError):
             await client.rest()
-
-
-async def test_a_signal_before_it_listens_ends_it_too(tmp_path: Path) -> None:
-    popen = run_aggregator("--port", 0, "--db", tmp_path / "events.db")
-    popen.send_signal(signal.SIGTERM)
-    _, err = await asyncio.to_thread(finished, popen)
-    assert popen.returncode in (0, -signal.SIGTERM)
-    assert "Traceback" not in err
 
 
 async def test_what_comes_during_the_stop_is_503(disk: Disk, service: InProcess) -> None:
