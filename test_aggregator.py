@@ -4032,7 +4032,7 @@ async def test_a_worker_that_ends_stops_the_process_with_a_clear_line(
     await service.session.close()
     said = errors_logged(caplog)
     assert said[0] == "Commits fail: a worker of this process has ended"
-    assert said[-1] == "Stopped, because of a fault that cannot be mended. Start it again"
+    assert said[-1] == "Stopped, because a worker of this process has ended. Start it again"
 
 
 async def test_an_exception_in_looking_for_news_ends_no_worker(
