@@ -53,6 +53,7 @@ import bisect
 import contextlib
 import errno
 import functools
+import gc
 import hmac
 import io
 import ipaddress
@@ -180,6 +181,9 @@ LOG_QUEUE_BYTES = 4 * MIB  # of lines that wait to be written; what is beyond th
 STOP_SECONDS = 9  # to stop in; what hangs then, hangs for good, and docker stop gives 10 s
 LOG_SECONDS = 0.05  # for lines of the log to gather before they are written
 LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
+# Garbage is looked for after so many new objects. Python's default is 700, and the events of one
+# batch are more: p99 of single posts was 45 ms with it, and is 30 ms with this.
+GC_THRESHOLD = (10_000, 20, 50)
 GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 
 
@@ -1241,11 +1245,18 @@ class Counts(NamedTuple):
 
 
 class Submission(NamedTuple):
-    """A validated request on its way to the disk."""
+    """A request on its way to the consumer."""
+
+    body: bytes
+    answer: asyncio.Future[Counts | Refused]  # resolved when its events are on disk, or are not
+
+
+class Validated(NamedTuple):
+    """A request on its way to the writer."""
 
     batch: Batch
     size: int  # bytes of its body
-    answer: asyncio.Future[Counts | Refused]  # resolved when its events are on disk, or are not
+    answer: asyncio.Future[Counts | Refused]
 
 
 def unavailable(detail: str) -> Refused:
@@ -1303,6 +1314,7 @@ class Health:
         return "; ".join(f"{what} fail: {reason}" for what, reason in self._reasons.items())
 
 
+EMPTY = Batch(b"", [], [])  # of a probe
 COMMITS = "Commits"  # what Health knows of
 READS = "Reads"
 NEWS = "Checks of the database"
@@ -1318,7 +1330,7 @@ class GroupCommit:
         self._store = store
         self._health = health
         self._queue: asyncio.Queue[Submission] = asyncio.Queue()
-        self._ready: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Validated | None] = queue.SimpleQueue()
         self._writer_thread = ThreadPoolExecutor(1, "writer")
         self._watcher_thread = ThreadPoolExecutor(1, "watcher")
         self._submitted = 0  # requests; the event loop counts these
@@ -1358,19 +1370,13 @@ class GroupCommit:
 
         Raises Refused: 422 if they are not good, 503 if they could not be stored.
         """
-        batch = validate(body, self._store.encode)
-        size = len(body)
-        del body  # the batch is all that is needed from here on
-        answer = await self._enqueue(batch, size)
-        if isinstance(answer, Refused):
-            raise answer
-        return answer
-
-    def _enqueue(self, batch: Batch, size: int) -> asyncio.Future[Counts | Refused]:
-        """The future of a batch. A refusal is its result, and not an exception that it raises."""
-        answer: asyncio.Future[Counts | Refused] = self._loop.create_future()
+        submission = Submission(body, self._loop.create_future())
+        del body  # let go as soon as it is validated
         self._submitted += 1
-        self._queue.put_nowait(Submission(batch, size, answer))
+        self._queue.put_nowait(submission)
+        answer = await submission.answer
+        if isinstance(answer, Refused):  # a result, and not an exception that the future raises
+            raise answer
         return answer
 
     @property
@@ -1379,13 +1385,41 @@ class GroupCommit:
         return self._submitted - self._taken
 
     async def _consume(self) -> None:
-        """The consumer: hands on all that waits, for ever.
+        """The consumer: validates all that waits, each body by itself, and hands it on, for ever.
 
-        It runs when the handlers of this turn of the event loop have queued their requests. So the
-        writer, which then wakes, finds most of them ready.
+        It runs when the handlers of this turn of the event loop have queued their requests. To
+        validate them in a row takes half the time that it takes between two requests, when code
+        and data have left the processor's caches.
         """
         while True:
-            self._ready.put(await self._queue.get())
+            submission = await self._queue.get()
+            good = self._validate(submission)
+            size = len(submission.body)
+            while size < MAX_GROUP_BYTES and not self._queue.empty():
+                submission = self._queue.get_nowait()
+                good += self._validate(submission)
+                size += len(submission.body)
+            for request in good:  # only now, so that the writer finds all of them
+                self._ready.put(request)
+            del submission, good  # while the consumer waits, it holds no body
+            if size >= MAX_GROUP_BYTES:
+                await asyncio.sleep(0)  # that took its time: let others have a turn
+
+    def _validate(self, submission: Submission) -> list[Validated]:
+        """One request for the writer. Or none: a body that is not good is answered at once."""
+        body, answer = submission
+        self._queue.task_done()
+        try:
+            batch = validate(body, self._store.encode)
+        except Refused as why:  # a new one: the traceback of this one holds the body
+            self._resolve(answer, Refused(why.status, why.detail, why.headers))
+        except Exception:
+            log.exception("A fault of this program")
+            self._resolve(answer, Refused(500, "Internal Server Error"))
+        else:
+            return [Validated(batch, len(body), answer)]
+        self._submitted -= 1
+        return []
 
     def _write(self) -> None:
         """The writer, in its thread: commits all that is ready, until it is told to end."""
@@ -1393,19 +1427,21 @@ class GroupCommit:
             self._commit(self._group(request))
             del request  # while the writer waits, it holds no events
 
-    def _group(self, first: Submission) -> list[Submission]:
+    def _group(self, first: Validated) -> list[Validated]:
         """In the writer's thread: a request and all that is ready by now, up to a size."""
         group = [first]
         size = first.size
         while size < MAX_GROUP_BYTES and not self._ready.empty():
             request = self._ready.get()
-            assert request is not None  # None comes last, at the stop, when all are answered
+            if request is None:
+                self._ready.put(None)  # the end, after this group
+                break
             group.append(request)
             size += request.size
         self._taken += len(group)
         return group
 
-    def _commit(self, group: list[Submission]) -> None:
+    def _commit(self, group: list[Validated]) -> None:
         """In the writer's thread: stores a group, and has the event loop answer it."""
         try:
             failure = self._health.reason(COMMITS)
@@ -1433,20 +1469,20 @@ class GroupCommit:
         """Has the event loop call a function."""
         self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _answer(self, group: list[Submission], outcome: Outcome) -> None:
+    def _answer(self, group: list[Validated], outcome: Outcome) -> None:
         """On the event loop: tells each request what became of its events."""
         self._health.works(COMMITS)
         start = 0
         for request in group:
             end = start + len(request.batch.topics)
-            self._resolve(request, Counts(end - start, outcome.is_new.count(1, start, end)))
+            self._resolve(request.answer, Counts(end - start, outcome.is_new.count(1, start, end)))
             start = end
         if len(outcome.is_new) > 0:  # else it was a probe
             self.seconds.observe(outcome.seconds)
             self.events.observe(len(outcome.is_new))
             self._loop.call_soon(self._announce, group, outcome)  # when the answers are out
 
-    def _announce(self, group: list[Submission], outcome: Outcome) -> None:
+    def _announce(self, group: list[Validated], outcome: Outcome) -> None:
         """Tells the live feeds and the log about a group."""
         topics = list(itertools.chain.from_iterable(each.batch.topics for each in group))
         if self._next_events and 1 in outcome.is_new:
@@ -1454,22 +1490,21 @@ class GroupCommit:
         event_ids = itertools.chain.from_iterable(each.batch.event_ids for each in group)
         log_events(topics, event_ids, outcome.is_new)
 
-    def _fail(self, group: list[Submission], reason: str, error: Exception | None) -> None:
+    def _fail(self, group: list[Validated], reason: str, error: Exception | None) -> None:
         """On the event loop: the database could not store a group."""
         self._health.fails(COMMITS, reason, error)
         self._refuse(group, unavailable(f"The database cannot be written: {reason}"))
 
-    def _refuse(self, group: list[Submission], refusal: Refused) -> None:
+    def _refuse(self, group: list[Validated], refusal: Refused) -> None:
         """On the event loop: tells each request why nothing of it is stored."""
         for request in group:  # each raises it, and raising changes it: so they cannot share one
             answer = Refused(refusal.status, refusal.detail, refusal.headers)
-            self._resolve(request, answer)
+            self._resolve(request.answer, answer)
 
-    def _resolve(self, request: Submission, answer: Counts | Refused) -> None:
+    def _resolve(self, future: asyncio.Future[Counts | Refused], answer: Counts | Refused) -> None:
         """Tells one request."""
-        self._queue.task_done()
-        if not request.answer.done():  # done: nobody waits; its events are stored all the same
-            request.answer.set_result(answer)
+        if not future.done():  # done: nobody waits; its events are stored all the same
+            future.set_result(answer)
 
     def next_event(self, topic: str | None) -> asyncio.Future[None]:
         """Resolved when the next new event of the topic (None: of any) is on disk.
@@ -1512,7 +1547,14 @@ class GroupCommit:
                 elif topics:
                     self._wake_feeds([*topics, None])
             if self._health.reason(COMMITS) and not self.is_stopping:
-                await self._enqueue(Batch(b"", [], []), 0)
+                await self._probe()
+
+    async def _probe(self) -> None:
+        """Tries a commit without events."""
+        answer: asyncio.Future[Counts | Refused] = self._loop.create_future()
+        self._submitted += 1
+        self._ready.put(Validated(EMPTY, 0, answer))
+        await answer
 
     def stop(self) -> None:
         """Lets the live feeds end. What was submitted will be stored."""
@@ -1521,7 +1563,7 @@ class GroupCommit:
         self._store.wake()
 
     async def finish(self) -> None:
-        """Returns when all that was submitted is answered, and the workers have ended."""
+        """Returns when all that was submitted is answered and the workers have ended."""
         self.is_stopping = True
         if not self.crashed.done():
             await self._queue.join()
@@ -2732,6 +2774,8 @@ def prepare_process(settings: Settings) -> None:
         return_memory()
         raise_open_files()
     sys.setswitchinterval(GIL_SECONDS)
+    gc.freeze()  # the modules stay: there is no need to look for garbage in them
+    gc.set_threshold(*GC_THRESHOLD)
 
 
 def prepare_log(level: str) -> None:
