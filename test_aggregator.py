@@ -515,7 +515,7 @@ class InProcess(Service):
 
     async def stop(self) -> None:
         """What SIGTERM does."""
-        async with asyncio.timeout(3 * PATIENCE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self._runner.cleanup()
 
 
