@@ -110,11 +110,11 @@ async def test_an_event_that_is_sent_again_is_kept_once(service: InProcess) -> N
     assert await service.stats() == (2, 1, 1)
 
 
-async def test_what_is_acknowledged_survives_kill_9(process: StartProcess) -> None:
+async def test_what_is_acknowledged_survives_kill_9(process: StartProcess, serve: Serve) -> None:
     service = await process()
     assert (await service.publish(numbered(range(50)))).counts == (50, 50, 0)
     await service.kill()
-    await service.start()
+    service = await serve(service.db)
     assert (await service.publish(numbered(range(60)))).counts == (60, 10, 50)
     assert await all_adds_up(service) == numbered(range(60))
 
@@ -515,7 +515,7 @@ class InProcess(Service):
 
     async def stop(self) -> None:
         """What SIGTERM does."""
-        async with asyncio.timeout(3 * PATIENCE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self._runner.cleanup()
 
 
@@ -2561,10 +2561,11 @@ BROKEN_COMPRESSION = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN_COMPRESSION)
-async def test_broken_compression_is_400(case: str, service: InProcess) -> None:
-    encoding, body = BROKEN_COMPRESSION[case]
-    (await service.publish(body, Content_Encoding=encoding)).detail(400)
+async def test_broken_compression_is_400(service: InProcess) -> None:
+    for case, (encoding, body) in BROKEN_COMPRESSION.items():
+        answer = await service.publish(body, Content_Encoding=encoding)
+        assert answer.status == 400, case
+        answer.detail(400)
     assert rows(service.db) == []
     assert await service.metric("aggregator_in_flight_bytes") == 0
 
@@ -2895,18 +2896,16 @@ BAD_QUERIES = [
 ]
 
 
-@pytest.mark.parametrize(("query", "entry"), BAD_QUERIES, ids=label)
-async def test_a_bad_query_parameter_is_422(
-    query: dict[str, str], entry: dict[str, Any], service: InProcess
-) -> None:
-    (fault,) = (await service.ask("GET", "/events", **query)).detail(422)
-    assert fault == {"msg": ANY, "loc": ["query", *query]} | entry
-    if fault["type"] == "int_parsing":
-        assert fault["msg"].endswith("unable to parse string as an integer")
-    elif fault["type"] != "extra_forbidden":
-        ((_, bound),) = fault["ctx"].items()
-        how = fault["type"].replace("_equal", "_or_equal_to").replace("_", " ")
-        assert fault["msg"] == f"Input should be {how} {bound}"
+async def test_a_bad_query_parameter_is_422(service: InProcess) -> None:
+    for query, entry in BAD_QUERIES:
+        (fault,) = (await service.ask("GET", "/events", **query)).detail(422)
+        assert fault == {"msg": ANY, "loc": ["query", *query]} | entry, query
+        if fault["type"] == "int_parsing":
+            assert fault["msg"].endswith("unable to parse string as an integer")
+        elif fault["type"] != "extra_forbidden":
+            ((_, bound),) = fault["ctx"].items()
+            how = fault["type"].replace("_equal", "_or_equal_to").replace("_", " ")
+            assert fault["msg"] == f"Input should be {how} {bound}"
 
 
 async def test_nothing_that_a_reader_asks_for_is_ignored(service: InProcess) -> None:
@@ -3003,11 +3002,11 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("accept", ACCEPTED)
-async def test_accept_is_read_with_its_weights(accept: str | None, service: InProcess) -> None:
-    headers = {} if accept is None else {"Accept": accept}
-    answer = await service.ask("HEAD", "/events", headers=headers)
-    assert answer.headers["content-type"].split(";")[0] == ACCEPTED[accept]
+async def test_accept_is_read_with_its_weights(service: InProcess) -> None:
+    for accept, expected in ACCEPTED.items():
+        headers = {} if accept is None else {"Accept": accept}
+        answer = await service.ask("HEAD", "/events", headers=headers)
+        assert answer.headers["content-type"].split(";")[0] == expected, accept
 
 
 async def test_several_accept_headers_are_one(service: InProcess) -> None:
@@ -3522,12 +3521,12 @@ async def test_what_feeds_wait_for_is_gone_with_the_last_one(service: InProcess)
     await until(before.done)
 
 
-async def test_commits_of_another_process_wake_a_feed(
-    monkeypatch: pytest.MonkeyPatch, serve: Serve, process: StartProcess
+async def test_commits_of_another_service_wake_a_feed(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     assert aggregator.WATCH_SECONDS <= 1
     monkeypatch.setattr(aggregator, "WATCH_SECONDS", 0.02)
-    other = await process()
+    other = await serve()
     service = await serve(other.db)
     async with service.feed() as feed, service.feed(topic="b") as of_topic:
         await until(lambda: subscribers(service, 2))
@@ -4014,6 +4013,7 @@ async def test_a_worker_that_ends_stops_the_process_with_a_clear_line(
         raise Ended
 
     monkeypatch.setattr(SqliteStore, worker, end)
+    monkeypatch.setattr(aggregator, "SHUTDOWN_SECONDS", 0.01)
     service = Service(tmp_path / "events.db")
     service.port = free_port()
     settings = Settings(port=service.port, db=str(service.db))
@@ -5477,12 +5477,12 @@ def test_a_log_that_is_read_loses_nothing_however_long_it_is(
     monkeypatch.setattr(aggregator, "LOG_QUEUE_BYTES", 500)
     with (tmp_path / "log").open("wb") as file:
         handler = log_handler(file.fileno())
-        for number in range(50):
-            write_line(handler, f"line {number}")
+        for number in range(10):
+            write_line(handler, f"line {number} {'x' * 100}")
         assert handler.dropped_lines == 0
         write_line(handler, "x" * 500)
         assert handler.dropped_lines == 1, "too long for the queue"
-    assert (tmp_path / "log").read_text().count("line ") == 50
+    assert (tmp_path / "log").read_text().count("line ") == 10
 
 
 # --- Durability and crashes --------------------------------------------------------------------
@@ -5533,12 +5533,12 @@ class Book:
 
 
 async def test_acknowledged_events_survive_kill_9_under_load(
-    process: StartProcess,
+    process: StartProcess, serve: Serve
 ) -> None:
     chance = random.Random(9)
     book = Book(set(), 0, 0)
     service = await process()
-    for _ in range(3):
+    for is_last in False, True:
         book.answers = 0
         crowd = [asyncio.create_task(book.keep_publishing(service, chance)) for _ in range(12)]
         enough = chance.randrange(50, 100)
@@ -5546,9 +5546,11 @@ async def test_acknowledged_events_survive_kill_9_under_load(
             await asyncio.sleep(0.005)
         await service.kill()
         await asyncio.gather(*crowd)
-        await service.start()
-        await book.check(service)
+        if not is_last:
+            await service.start()
+            await book.check(service)
     assert "ERROR" not in service.log()
+    await book.check(await serve(service.db))
 
 
 async def test_two_processes_on_one_file_store_nothing_twice(
@@ -5945,19 +5947,12 @@ async def test_established_clients_are_served_without_free_descriptors(
 
 
 @posix
-async def test_the_limit_of_open_files_is_raised(process: StartProcess) -> None:
+async def test_it_runs_well_with_few_open_files_and_a_small_stack(process: StartProcess) -> None:
     resource = pytest.importorskip("resource")
-    if not hasattr(resource, "prlimit"):
-        pytest.skip("only Linux tells the limits of another process")
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    service = await process(ulimit="-Sn 256")
-    soft, same = resource.prlimit(service.popen.pid, resource.RLIMIT_NOFILE)
-    assert (soft, same) == (min(10_000, hard), hard)
-
-
-@posix
-async def test_deep_nesting_is_safe_on_a_small_stack(process: StartProcess) -> None:
-    service = await process(ulimit="-s 512")
+    service = await process(ulimit="-Sn 256; ulimit -s 512")
+    if hasattr(resource, "prlimit"):  # only Linux tells the limits of another process
+        soft, hard = resource.prlimit(service.popen.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(10_000, hard), "it is raised"
     for depth in 20_000, 4000, 1000, 501:
         for inner in nested(depth), b"[" * depth + b"]" * depth:
             for outer in b'{"a":%b}', b"[%b]", b'{"event_id":1,"payload":%b}':
@@ -6015,7 +6010,7 @@ async def test_whatever_one_client_sends_its_neighbours_are_served(
     chance = random.Random(66)
     statuses: Counter[int] = Counter()
     bodies = [body for body, _ in BAD_BODIES]
-    bodies += [json_of(event(**{field: value})) for field, value, _ in BAD_FIELDS[::4]]
+    bodies += [json_of(event(**{field: value})) for field, value, _ in BAD_FIELDS[::7]]
     bodies += [json_of([*numbered(range(50)), 5]), json_of([{}] * 100_000)]
     nested = [b'{"a":' * depth + b"1" + b"}" * depth for depth in range(950, 1003, 3)]
     bodies += [json_of(event(payload="HERE", source=5)).replace(b'"HERE"', deep) for deep in nested]
@@ -6132,27 +6127,26 @@ async def test_sigterm_under_load_ends_it_cleanly(process: StartProcess, serve: 
 
 
 @posix
-@pytest.mark.parametrize(
-    ("first", "second"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
-)
-async def test_a_second_signal_ends_it_at_once(
-    first: int, second: int, process: StartProcess
-) -> None:
+async def test_a_second_signal_ends_it_at_once(process: StartProcess) -> None:
     service = await process()
     with locked(service.db):  # so that there is something to wait for
         body = json_of(event())
         waiting = asyncio.create_task(service.publish(body))
         await until(lambda: in_flight(service, len(body)))
-        service.popen.send_signal(first)
+        service.popen.send_signal(signal.SIGTERM)
         await until(lambda: "Stopping" in service.log())
-        assert await service.terminate(second) == 128 + second
+        assert await service.terminate(signal.SIGINT) == 128 + signal.SIGINT
         with pytest.raises(aiohttp.ClientError):
             await waiting
     assert "Traceback" not in service.log()
 
 
 @posix
-def test_a_stop_that_hangs_ends_before_docker_kills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGALRM"])
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])
+def test_a_stop_that_hangs_ends_before_docker_kills_it(
+    first: str, second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alarms: list[int] = []
     stops: list[str] = []
     exits: list[int] = []
@@ -6161,10 +6155,10 @@ def test_a_stop_that_hangs_ends_before_docker_kills_it(monkeypatch: pytest.Monke
     with handlers_restored():
         aggregator.handle_signals(lambda: stops.append("stop"))
         assert (alarms, stops) == ([], [])
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(getattr(signal, first))
         assert (alarms, stops, exits) == ([9], ["stop"], [])
-        signal.raise_signal(signal.SIGALRM)
-    assert exits[0] == 128 + signal.SIGALRM
+        signal.raise_signal(getattr(signal, second))
+    assert exits[0] == 128 + getattr(signal, second)
 
 
 @posix
@@ -6195,35 +6189,27 @@ def handlers_restored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def test_a_database_that_is_locked_during_the_stop_delays_it_little(
-    process: StartProcess,
-) -> None:
-    service = await process()
-    with locked(service.db):
-        waiting = [asyncio.create_task(service.publish(event(event_id=str(n)))) for n in range(5)]
-        await until(lambda: in_flight(service, 5 * len(json_of(event()))))
-        began = time.monotonic()
-        assert await service.terminate() == 0
-        assert time.monotonic() - began < 8, "2 s for the lock, and not for each of them"
-        for answer in waiting:
-            with contextlib.suppress(aiohttp.ClientError):
-                (await answer).detail(503)
-    assert rows(service.db) == []
-
-
-async def test_a_reader_that_does_not_read_does_not_delay_the_stop(
+async def test_a_locked_database_and_a_stuck_reader_delay_the_stop_little(
     process: StartProcess,
 ) -> None:
     service = await process()
     await large_log(service, 8)
     lines = reading("/events", version="1.0", accept="application/jsonl")
-    async with service.connection(lines) as client:
-        await client.reader.readuntil(b"event_id")
-        began = time.monotonic()
-        assert await service.terminate() == 0
-        assert time.monotonic() - began < 2 * aggregator.SHUTDOWN_SECONDS + 6
+    async with service.connection(lines) as reader:
+        await reader.reader.readuntil(b"event_id")
+        with locked(service.db):
+            bodies = [event(topic="late", event_id=str(n)) for n in range(5)]
+            waiting = [asyncio.create_task(service.publish(body)) for body in bodies]
+            await until(lambda: in_flight(service, sum(len(json_of(body)) for body in bodies)))
+            began = time.monotonic()
+            assert await service.terminate() == 0
+            assert time.monotonic() - began < 8, "2 s for the lock, and not for each of them"
+            for answer in waiting:
+                with contextlib.suppress(aiohttp.ClientError):
+                    (await answer).detail(503)
         with pytest.raises(ConnectionResetError):
-            await client.rest()
+            await reader.rest()
+    assert len(rows(service.db)) == 8
 
 
 async def test_what_comes_during_the_stop_is_503(disk: Disk, service: InProcess) -> None:
