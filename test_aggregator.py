@@ -182,15 +182,18 @@ def in_all_forms(bad: Any) -> list[tuple[Any, list[Any]]]:
     ]
 
 
-def rows(db: Path) -> list[dict[str, Any]]:
+def rows(db: Path | str) -> list[dict[str, Any]]:
     """The truth: the stored events in order, as the service should return them."""
     query = """
         SELECT name AS topic, event_id, timestamp, source, payload
         FROM events JOIN topics ON topics.id = topic_id ORDER BY seq
     """
-    with contextlib.closing(sqlite3.connect(db, timeout=PATIENCE_SECONDS)) as truth:
-        truth.row_factory = sqlite3.Row
-        found = [dict(row) for row in truth.execute(query)]
+    if isinstance(db, str):
+        found = rows_of_postgres(db, query)
+    else:
+        with contextlib.closing(sqlite3.connect(db, timeout=PATIENCE_SECONDS)) as truth:
+            truth.row_factory = sqlite3.Row
+            found = [dict(row) for row in truth.execute(query)]
     return [row | {"payload": json.loads(row["payload"])} for row in found]
 
 
@@ -522,12 +525,21 @@ class InProcess(Service):
 Serve = Callable[..., Awaitable[InProcess]]
 
 
+@pytest.fixture
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where a service in this process has its events: in a file, or in a schema of PostgreSQL."""
+    if getattr(request, "param", "SQLite") == "SQLite":
+        return tmp_path / "events.db"
+    database: Database = request.getfixturevalue("database")
+    return database.address
+
+
 @pytest_asyncio.fixture
-async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+async def serve(db: Path | str) -> AsyncIterator[Serve]:
     """Starts services in this process: `await serve(max_body_bytes=1000)`."""
     services: list[InProcess] = []
 
-    async def start(db: Path = tmp_path / "events.db", **settings: Any) -> InProcess:
+    async def start(db: Path | str = db, **settings: Any) -> InProcess:
         services.append(InProcess(db))
         await services[-1].start(**settings)
         return services[-1]
@@ -7492,6 +7504,43 @@ class Database:
     def drop(self) -> None:
         """Takes it away."""
         self.ask(f"DROP SCHEMA {self.schema} CASCADE")
+
+
+def rows_of_postgres(address: str, query: str) -> list[dict[str, Any]]:
+    """What `rows` reads."""
+    import psycopg
+    from psycopg.rows import dict_row
+
+    with psycopg.connect(address, row_factory=dict_row) as truth:
+        return list(truth.execute(query))
+
+
+# These run on both stores: what they say of the service does not depend on where its events are.
+ON_BOTH_STORES = {
+    "test_an_event_is_stored_and_returned_as_it_was_sent",
+    "test_a_payload_comes_back_equal",
+    "test_white_space_around_names_is_no_part_of_the_identity",
+    "test_a_name_has_512_characters_without_what_is_stripped",
+    "test_a_name_may_be_any_text_without_control_characters",
+    "test_the_first_event_with_an_identity_is_kept",
+    "test_ids_that_only_differ_in_unicode_normalization_are_two",
+    "test_a_timestamp_is_kept_as_it_was_written",
+    "test_other_fields_are_ignored_and_not_stored",
+    "test_of_duplicated_keys_the_last_one_counts",
+    "test_a_body_is_an_event_a_batch_or_an_array",
+    "test_an_object_with_events_and_event_id_is_an_event",
+    "test_a_duplicate_in_the_same_batch_is_dropped",
+    "test_a_duplicate_in_a_later_batch_is_dropped",
+    "test_a_request_is_stored_whole_or_not_at_all",
+    "test_json_or_no_content_type_is_taken",
+    "test_the_connection_goes_on_after_a_202_if_wished",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Has pytest run those tests twice."""
+    if metafunc.function.__name__ in ON_BOTH_STORES:
+        metafunc.parametrize("db", ["SQLite", "PostgreSQL"], indirect=True)
 
 
 @pytest.fixture
