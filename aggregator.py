@@ -5,7 +5,7 @@ is called at-least-once delivery. So the same event comes many times: at the sam
 connections, or again after a crash. A consumer has to make this harmless: it must be idempotent.
 This module is such a consumer. It is laid out in the order in which an event travels:
 
-    POST /publish ─ memory left? ─ validate ─ asyncio.Queue ─ consumer ─ queue of the writer ─┐
+    POST /publish ─ memory left? ─ asyncio.Queue ─ consumer: validate ─ queue of the writer ──┐
          202 ◄─ counts of this request ◄─ future ◄─ COMMIT, fsync ◄─ a group: one transaction ◄┘
     GET /events, /topics, /stats ─ reader's thread, its own read-only connection ─ pages, streamed
 
