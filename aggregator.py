@@ -1226,15 +1226,15 @@ def open_store(db: str) -> Store:
 
 # --- Group commit ----------------------------------------------------------------------------
 # Queue, consumer, writer, futures. An fsync takes a disk a third of a millisecond to ten. One for
-# each request would allow 100 to 3,000 requests a second. So the writer commits all
-# requests that are ready as one group. While it waits for the disk, the next group gathers: groups
-# grow with the load by themselves. There is no timer, and a lone request waits for nobody.
+# each request would allow 100 to 3,000 requests a second. So the writer commits all requests that
+# are ready as one group. While it waits for the disk, the next group gathers: groups grow with the
+# load by themselves. There is no timer, and a lone request waits for nobody.
 # PostgreSQL, MySQL and Kafka's brokers do the same.
 #
 # The writer takes its groups from a queue of its own, and does not ask the event loop for each of
 # them: that took a third of a millisecond from one group to the next.
 
-AGAIN = {"Retry-After": "1"}  # with 503: nothing is stored, and to send the same again is safe
+AGAIN = {"Retry-After": "1"}  # with 503: to send the same again is safe, and right
 
 
 class Counts(NamedTuple):
@@ -2921,7 +2921,7 @@ def notice(text: str) -> None:
 
 def introduce(settings: Settings, address: str, location: str, totals: Totals) -> None:
     """The first lines of the log: what runs, where its events are, and what to try."""
-    token = "set" if settings.api_token else "not set, so who reaches the address may use it"
+    token = "set" if settings.api_token else "not set, so whoever reaches the address may use it"
     notice(f"{SERVICE_NAME} {VERSION}")
     notice(f"Database: {location}, {totals.unique} events")
     notice(f"API token: {token}")

@@ -1256,7 +1256,7 @@ async def test_it_introduces_itself_and_says_that_it_has_stopped(
     ports = re.findall(r"localhost:(\d+)/ ", service.log())
     for text, events, token, port in (
         (said[:7], 0, "set", ports[0]),
-        (said[7:], 2, "not set, so who reaches the address may use it", ports[1]),
+        (said[7:], 2, "not set, so whoever reaches the address may use it", ports[1]),
     ):
         assert text == [
             "Event Aggregator 1.0.0",
