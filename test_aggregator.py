@@ -503,6 +503,22 @@ def reading(path: str, *, version: str = "1.1", accept: str = "*/*") -> bytes:
     return head.encode() + b"Connection: close\r\n\r\n"
 
 
+def folder_in_memory() -> str | None:
+    """Where an fsync takes no time; nothing here can see what it does to a disk."""
+    place = "/dev/shm"
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(place).free > 10**9:  # containers may have very little there
+            return place
+    return None
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """An empty folder."""
+    with tempfile.TemporaryDirectory(prefix="aggregator-", dir=folder_in_memory()) as folder:
+        yield Path(folder)
+
+
 class InProcess(Service):
     """A service in this process, so that a test can reach its constants and its Store."""
 
@@ -4306,11 +4322,16 @@ OpenPage = Callable[[Service], Awaitable[Tab]]
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def chromium() -> Iterator[str]:
     """A headless browser; the address of the WebSocket of its tab."""
     assert CHROMIUM is not None
-    profile = tmp_path_factory.mktemp("chromium")
-    arguments = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "about:blank"]
+    with tempfile.TemporaryDirectory(prefix="aggregator-chromium-") as folder:
+        yield from running_chromium(CHROMIUM, Path(folder))
+
+
+def running_chromium(program: str, profile: Path) -> Iterator[str]:
+    """What the fixture gives, with the profile in this folder."""
+    arguments = [program, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "about:blank"]
     log = (profile / "log").open("wb")
     process = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -7436,7 +7457,7 @@ def postgres_server() -> Iterator[PostgresServer]:
     found = shutil.which("initdb") or (installed and installed[-1])
     if not found:
         pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
-    with tempfile.TemporaryDirectory(prefix="aggregator-postgres-") as folder:
+    with tempfile.TemporaryDirectory(prefix="aggregator-postgres-", dir=folder_in_memory()) as folder:
         server = PostgresServer(Path(found).resolve().parent, Path(folder))
         try:
             yield server
