@@ -1701,13 +1701,16 @@ PAYLOADS = {
 }
 
 
-@pytest.mark.parametrize("case", PAYLOADS)
-async def test_a_payload_comes_back_equal(case: str, service: InProcess) -> None:
-    sent = json_of(event(payload="HERE")).replace(b'"HERE"', PAYLOADS[case].encode())
-    assert (await service.publish(sent)).counts == (1, 1, 0)
-    expected = event(payload=json.loads(PAYLOADS[case]))  # of two equal keys the last one counts
-    assert same_json(await service.stored(), [expected])
-    assert same_json(rows(service.db), [expected])
+async def test_a_payload_comes_back_equal(service: InProcess) -> None:
+    for case, payload in PAYLOADS.items():
+        sent = event(event_id=case, payload="HERE")
+        body = json_of(sent).replace(b'"HERE"', payload.encode())
+        assert (await service.publish(body)).counts == (1, 1, 0), case
+    stored = await service.stored()
+    for case, one, other in zip(PAYLOADS, stored, rows(service.db), strict=True):
+        expected = event(event_id=case, payload=json.loads(PAYLOADS[case]))  # the last of two keys
+        assert same_json(one, expected), case
+        assert same_json(other, expected), case
 
 
 async def test_json_may_be_nested_500_levels_and_no_more(service: InProcess) -> None:
@@ -1751,46 +1754,40 @@ async def test_a_name_has_512_characters_without_what_is_stripped(
     assert await service.stored() == [event(topic=name, event_id=name, source=name)]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *'-0%"\\🎉\ufeff~',
-        *("null", "a b", "$.a", "{}", "[0]", "'; --", "a\u0301", "a\xa0b", "a\u2027\u202ab"),
-        *("\ud7ff\ue000", "a\u200bb", "\U0010ffff"),
-    ],
-)
-async def test_a_name_may_be_any_text_without_control_characters(
-    name: str, service: InProcess
-) -> None:
-    sent = event(topic=name, event_id=name, source=name)
-    assert (await service.publish([sent, sent])).counts == (2, 1, 1)
-    assert await all_adds_up(service) == [sent]
-    assert await service.stored(topic=name) == [sent]
+NAMES = [
+    *'-0%"\\🎉\ufeff~',
+    *("null", "a b", "$.a", "{}", "[0]", "'; --", "a\u0301", "a\xa0b", "a\u2027\u202ab"),
+    *("\ud7ff\ue000", "a\u200bb", "\U0010ffff"),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "is_new"),
-    [
-        ({}, False),
-        ({"payload": {"amount": 0}}, False),
-        ({"timestamp": "2030-01-01 00:00:00"}, False),
-        ({"source": "another"}, False),
-        ({"topic": "order.created "}, False),
-        ({"event_id": "2"}, True),
-        ({"topic": "order.paid"}, True),
-        ({"topic": "ORDER.CREATED"}, True),
-        ({"event_id": "01"}, True),
-        ({"event_id": "1.0"}, True),
-        ({"event_id": "１"}, True),
-    ],
-)
-async def test_the_first_event_with_an_identity_is_kept(
-    changes: dict[str, Any], is_new: bool, service: InProcess
-) -> None:
+async def test_a_name_may_be_any_text_without_control_characters(service: InProcess) -> None:
+    sent = [event(topic=name, event_id=name, source=name) for name in NAMES]
+    for each in sent:
+        assert (await service.publish([each, each])).counts == (2, 1, 1), each
+    assert await all_adds_up(service) == sent
+    for each in sent:
+        assert await service.stored(topic=each["topic"]) == [each]
+
+
+async def test_the_first_event_with_an_identity_is_kept(service: InProcess) -> None:
     await service.publish(event())
-    again = event(**changes)
-    assert (await service.publish(again)).counts == (1, int(is_new), int(not is_new))
-    assert rows(service.db) == [event(), again][: 1 + is_new]
+    for changes in [
+        {},
+        {"payload": {"amount": 0}},
+        {"timestamp": "2030-01-01 00:00:00"},
+        {"source": "another"},
+        {"topic": "order.created "},
+    ]:
+        assert (await service.publish(event(**changes))).counts == (1, 0, 1), changes
+    assert rows(service.db) == [event()]
+    others = [
+        *(event(topic=topic) for topic in ("order.paid", "ORDER.CREATED")),
+        *(event(event_id=event_id) for event_id in ("2", "01", "1.0", "１")),
+    ]
+    for other in others:
+        assert (await service.publish(other)).counts == (1, 1, 0), other
+    assert rows(service.db) == [event(), *others]
 
 
 async def test_ids_that_only_differ_in_unicode_normalization_are_two(service: InProcess) -> None:
@@ -1927,17 +1924,15 @@ async def test_of_duplicated_keys_the_last_one_counts(
 # --- Publish -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+async def test_a_body_is_an_event_a_batch_or_an_array(service: InProcess) -> None:
+    bodies = [
         *(event(), {"events": [event()]}, [event()], {"events": [event()], "other": 1}),
         *({"events": [event()], "topic": "x"}, event(events=5)),
-    ],
-)
-async def test_a_body_is_an_event_a_batch_or_an_array(body: Any, service: InProcess) -> None:
-    answer = await service.publish(body)
-    assert answer.counts == (1, 1, 0)
-    assert answer.headers["content-type"].startswith("application/json")
+    ]
+    for number, body in enumerate(bodies):
+        answer = await service.publish(body)
+        assert answer.counts == ((1, 0, 1) if number else (1, 1, 0)), body
+        assert answer.headers["content-type"].startswith("application/json")
     assert rows(service.db) == [event()]
 
 
@@ -2017,43 +2012,37 @@ async def test_a_request_is_stored_whole_or_not_at_all(service: InProcess) -> No
     assert (await service.publish(numbered(range(50)))).counts == (50, 50, 0)
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    ["application/json", "Application/JSON", "application/json; charset=utf-8; x=y", None],
-)
-async def test_json_or_no_content_type_is_taken(
-    content_type: str | None, service: InProcess
-) -> None:
-    headers = {"Content-Type": content_type} if content_type else {}
-    answer = await service.ask("POST", "/publish", json_of(event()), headers)
-    assert answer.counts == (1, 1, 0)
+JSON_TYPES_SENT = ["application/json", "Application/JSON", "application/json; charset=utf-8; x=y"]
 
 
-@pytest.mark.parametrize(
-    ("version", "headers", "connection"),
-    [
+async def test_json_or_no_content_type_is_taken(service: InProcess) -> None:
+    for number, content_type in enumerate([*JSON_TYPES_SENT, None]):
+        headers = {"Content-Type": content_type} if content_type else {}
+        body = json_of(event(event_id=str(number)))
+        answer = await service.ask("POST", "/publish", body, headers)
+        assert answer.counts == (1, 1, 0), content_type
+
+
+async def test_the_connection_goes_on_after_a_202_if_wished(service: InProcess) -> None:
+    for version, headers, connection in [
         ("1.1", "", None),
         ("1.1", "Connection: close\r\n", "close"),
         ("1.0", "", None),
         ("1.0", "Connection: keep-alive\r\n", "keep-alive"),
-    ],
-)
-async def test_the_connection_goes_on_after_a_202_if_wished(
-    version: str, headers: str, connection: str, service: InProcess
-) -> None:
-    sent = request(json_of(event()), headers=headers)
-    sent = sent.replace(b"HTTP/1.1", f"HTTP/{version}".encode())
-    async with service.connection(sent) as client:
-        answer = await client.answer()
-        assert answer.counts == (1, 1, 0)
-        assert answer.headers.get("connection") == connection
-        sent_at = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-        assert abs(sent_at - time.time()) < PATIENCE_SECONDS
-        if connection == "close" or (version, headers) == ("1.0", ""):
-            assert await client.reader.read() == b""
-        else:
-            await client.send(sent)
-            assert (await client.answer()).counts == (1, 0, 1)
+    ]:
+        body = json_of(event(event_id=f"{version}{headers.strip()}"))
+        sent = request(body, headers=headers).replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+        async with service.connection(sent) as client:
+            answer = await client.answer()
+            assert answer.counts == (1, 1, 0)
+            assert answer.headers.get("connection") == connection
+            sent_at = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+            assert abs(sent_at - time.time()) < PATIENCE_SECONDS
+            if connection == "close" or (version, headers) == ("1.0", ""):
+                assert await client.reader.read() == b""
+            else:
+                await client.send(sent)
+                assert (await client.answer()).counts == (1, 0, 1)
 
 
 async def test_counters_of_each_topic_are_exact_in_shared_groups(
@@ -2152,10 +2141,10 @@ async def test_fifty_publishers_of_the_same_ids_store_each_once(service: InProce
     assert len(await all_adds_up(service)) == 60
 
 
-@pytest.mark.parametrize("size", [1, 97, 100_000])
-async def test_a_body_may_come_in_chunks_of_any_size(size: int, service: InProcess) -> None:
-    body = json_of(numbered(range(3)))
-    assert (await service.publish(in_chunks(body, size))).counts == (3, 3, 0)
+async def test_a_body_may_come_in_chunks_of_any_size(service: InProcess) -> None:
+    for size in 1, 97, 100_000:
+        body = json_of(numbered(range(3), topic=f"{size}"))
+        assert (await service.publish(in_chunks(body, size))).counts == (3, 3, 0)
 
 
 async def test_a_client_that_asks_first_is_told_to_go_on(
@@ -2170,20 +2159,21 @@ async def test_a_client_that_asks_first_is_told_to_go_on(
 
 
 COMPRESSORS = {
-    "gzip": ("gzip", gzip.compress),
-    "x-gzip": ("x-gzip", gzip.compress),
-    "gzip, named in capitals": ("GZIP", gzip.compress),
-    "deflate": ("deflate", zlib.compress),
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "GZIP": gzip.compress,
+    "deflate": zlib.compress,
+    "identity": bytes,
+    "": bytes,
 }
 
 
-@pytest.mark.parametrize("case", [*COMPRESSORS, "identity", ""])
-async def test_a_body_may_be_compressed(case: str, service: InProcess) -> None:
-    encoding, compress = COMPRESSORS.get(case, (case, bytes))
-    sent = numbered(range(300))
-    answer = await service.publish(compress(json_of(sent)), Content_Encoding=encoding)
-    assert answer.counts == (300, 300, 0)
-    assert await service.stored() == sent
+async def test_a_body_may_be_compressed(service: InProcess) -> None:
+    for encoding, compress in COMPRESSORS.items():
+        sent = numbered(range(300), topic=f"<{encoding}>")
+        answer = await service.publish(compress(json_of(sent)), Content_Encoding=encoding)
+        assert answer.counts == (300, 300, 0), encoding
+        assert await service.stored(topic=f"<{encoding}>") == sent
 
 
 async def test_bodies_of_log_shippers_are_understood(service: InProcess) -> None:
@@ -2344,19 +2334,16 @@ def test_all_errors_are_listed_events_in_order_and_fields_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("bad", "times"),
-    [
+async def test_at_most_100_errors_are_listed(service: InProcess) -> None:
+    for bad, times in [
         ({}, 100_000),
         (5, 101),
         ({"topic": "t"}, 26),
         ({"topic": "t", "event_id": "1"}, 40),
-    ],
-)
-async def test_at_most_100_errors_are_listed(bad: Any, times: int, service: InProcess) -> None:
-    detail = (await service.publish([event(), *[bad] * times])).detail(422)
-    assert len(detail) == 100
-    assert detail[0]["loc"][:2] == ["body", 1]
+    ]:
+        detail = (await service.publish([event(), *[bad] * times])).detail(422)
+        assert len(detail) == 100
+        assert detail[0]["loc"][:2] == ["body", 1]
 
 
 def test_looking_for_errors_ends_after_100_of_them() -> None:
@@ -2369,8 +2356,8 @@ def test_looking_for_errors_ends_after_100_of_them() -> None:
     for start, least in ([], 100), ([event()] * 1000, 1100):
         encoded.clear()
         with pytest.raises(Refused):
-            validate(json_of([*start, *[event(topic=5)] * 50_000]), encode)
-        assert sum(encoded) < 10 * least
+            validate(json_of([*start, *[event(topic=5)] * 10_000]), encode)
+        assert least <= sum(encoded) < 5 * least
 
 
 @pytest.mark.parametrize(
@@ -2548,9 +2535,8 @@ async def test_a_page_elsewhere_has_to_send_a_content_type(
     assert (await service.publish(body, **origin)).counts == (1, 1, 0)
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    [
+async def test_another_content_type_is_415_and_told_the_right_one(service: InProcess) -> None:
+    for content_type in [
         "text/plain",
         "text/plain; charset=application/json",
         "application/x-www-form-urlencoded",
@@ -2558,14 +2544,10 @@ async def test_a_page_elsewhere_has_to_send_a_content_type(
         "application/jsonx",
         "application/xml",
         "json",
-    ],
-)
-async def test_another_content_type_is_415_and_told_the_right_one(
-    content_type: str, service: InProcess
-) -> None:
-    answer = await service.publish(event(), Content_Type=content_type)
-    assert "Content-Type: application/json" in answer.detail(415)
-    assert answer.headers["accept"] == "application/json"
+    ]:
+        answer = await service.publish(event(), Content_Type=content_type)
+        assert "Content-Type: application/json" in answer.detail(415)
+        assert answer.headers["accept"] == "application/json"
     assert rows(service.db) == []
 
 
@@ -2598,14 +2580,12 @@ async def test_broken_compression_is_400(service: InProcess) -> None:
     assert await service.metric("aggregator_in_flight_bytes") == 0
 
 
-@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "x"])
-async def test_an_unknown_compression_is_415_and_told_the_known(
-    encoding: str, service: InProcess
-) -> None:
+async def test_an_unknown_compression_is_415_and_told_the_known(service: InProcess) -> None:
     body = gzip.compress(json_of(event()))
-    answer = await service.publish(body, Content_Encoding=encoding)
-    assert "Content-Encoding" in answer.detail(415) and "gzip" in answer.detail(415)
-    assert answer.headers["accept-encoding"] == "gzip, deflate"
+    for encoding in "br", "zstd", "compress", "gzip, gzip", "x":
+        answer = await service.publish(body, Content_Encoding=encoding)
+        assert "Content-Encoding" in answer.detail(415) and "gzip" in answer.detail(415)
+        assert answer.headers["accept-encoding"] == "gzip, deflate"
 
 
 async def test_a_body_is_taken_up_to_max_body_bytes(serve: Serve) -> None:
@@ -2702,14 +2682,13 @@ async def test_a_body_that_breaks_off_gives_its_room_back(
     assert rows(service.db) == []
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/publish/", "/events/1", "//", "/%00", "/..%2f"])
-async def test_an_unknown_path_is_404(path: str, service: InProcess) -> None:
-    assert (await service.ask("GET", path)).detail(404) == "Not Found"
+async def test_an_unknown_path_is_404(service: InProcess) -> None:
+    for path in "/nothing", "/publish/", "/events/1", "//", "/%00", "/..%2f":
+        assert (await service.ask("GET", path)).detail(404) == "Not Found"
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
-    [
+async def test_a_wrong_method_is_405_and_told_the_right_ones(service: InProcess) -> None:
+    for method, path, allowed in [
         ("GET", "/publish", "POST"),
         ("PUT", "/publish", "POST"),
         ("POST", "/events", "GET"),
@@ -2719,14 +2698,10 @@ async def test_an_unknown_path_is_404(path: str, service: InProcess) -> None:
         ("POST", "/metrics", "GET"),
         ("POST", "/health", "GET, HEAD, OPTIONS"),
         ("PUT", "/topics", "GET, HEAD"),
-    ],
-)
-async def test_a_wrong_method_is_405_and_told_the_right_ones(
-    method: str, path: str, allowed: str, service: InProcess
-) -> None:
-    answer = await service.ask(method, path)
-    assert answer.detail(405) == "Method Not Allowed"
-    assert set(allowed.split(", ")) <= set(re.split(", ?", answer.headers["allow"]))
+    ]:
+        answer = await service.ask(method, path)
+        assert answer.detail(405) == "Method Not Allowed"
+        assert set(allowed.split(", ")) <= set(re.split(", ?", answer.headers["allow"]))
 
 
 REQUESTS = [
@@ -2855,27 +2830,24 @@ async def test_one_topic_has_only_its_own_events(
         }
 
 
-@pytest.mark.parametrize("limit", [1, 7, 500, 501])
-@pytest.mark.parametrize("topic", ["", "even"])
-async def test_paging_misses_nothing_and_repeats_nothing(
-    limit: int, topic: str, service: InProcess
-) -> None:
+async def test_paging_misses_nothing_and_repeats_nothing(service: InProcess) -> None:
     sent = [event(event_id=str(n), topic="odd" if n % 2 else "even") for n in range(1234)]
-    sent = sent[: 40 * limit]
-    await service.publish(sent)
-    expected = [each for each in sent if topic in ("", each["topic"])]
-    after = 0
-    found: list[dict[str, Any]] = []
-    while page := await service.read(topic=topic, after=after, limit=limit):
-        assert page["count"] == len(page["events"]) <= limit
-        if not page["events"]:
-            assert page["last_seq"] == after
-            break
-        assert page["last_seq"] > after
-        assert page["count"] == limit or len(found) + page["count"] == len(expected)
-        after = page["last_seq"]
-        found += page["events"]
-    assert found == expected == await service.stored(topic=topic)
+    for limit, count in (1, 20), (7, 140), (500, 1234), (501, 1234):
+        await service.publish(sent[:count])
+        for topic in "", "even":
+            expected = [each for each in sent[:count] if topic in ("", each["topic"])]
+            after = 0
+            found: list[dict[str, Any]] = []
+            while page := await service.read(topic=topic, after=after, limit=limit):
+                assert page["count"] == len(page["events"]) <= limit
+                if not page["events"]:
+                    assert page["last_seq"] == after
+                    break
+                assert page["last_seq"] > after
+                assert page["count"] == limit or len(found) + page["count"] == len(expected)
+                after = page["last_seq"]
+                found += page["events"]
+            assert found == expected == await service.stored(topic=topic)
 
 
 async def test_large_pages_are_put_together_without_a_seam(service: InProcess) -> None:
@@ -3060,27 +3032,24 @@ HEADERS = {  # of what is read: path, Accept, Content-Type, Cache-Control, Vary
 }
 
 
-@pytest.mark.parametrize(("path", "accept"), HEADERS)
-async def test_head_has_the_headers_of_get_and_no_body(
-    path: str, accept: str, service: InProcess
-) -> None:
+async def test_head_has_the_headers_of_get_and_no_body(service: InProcess) -> None:
     await service.publish(event())
-    answers = []
-    for method in "GET", "HEAD":
-        if (method, accept) == ("GET", "text/event-stream"):
-            async with service.feed() as feed:
-                answers.append(feed.headers)
-            continue
-        answer = await service.ask(method, path, headers={"Accept": accept})
-        assert answer.status == 200
-        assert bool(answer.body) == (method == "GET")
-        answers.append(answer.headers)
-    for found in answers:
-        content_type, cache_control, vary = HEADERS[path, accept]
-        assert found["content-type"] == content_type
-        assert found["cache-control"] == cache_control
-        assert found.get("vary") == vary
-    assert [found.get("content-length") for found in answers] in ([None, None], [ANY, ANY])
+    for (path, accept), (content_type, cache_control, vary) in HEADERS.items():
+        answers = []
+        for method in "GET", "HEAD":
+            if (method, accept) == ("GET", "text/event-stream"):
+                async with service.feed() as feed:
+                    answers.append(feed.headers)
+                continue
+            answer = await service.ask(method, path, headers={"Accept": accept})
+            assert answer.status == 200
+            assert bool(answer.body) == (method == "GET")
+            answers.append(answer.headers)
+        for found in answers:
+            assert found["content-type"] == content_type
+            assert found["cache-control"] == cache_control
+            assert found.get("vary") == vary
+        assert [found.get("content-length") for found in answers] in ([None, None], [ANY, ANY])
     assert (await service.ask("HEAD", "/events", limit=0)).status == 422
 
 
@@ -3276,7 +3245,6 @@ async def test_each_kind_of_read_may_fail_alone(
     assert errors_logged(caplog) == ["Reads fail: disk I/O error"]
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize(
     ("path", "accept", "failing"),
     [
@@ -3286,7 +3254,6 @@ async def test_each_kind_of_read_may_fail_alone(
     ],
 )
 async def test_an_answer_that_fails_in_the_middle_is_reset(
-    version: str,
     path: str,
     accept: str,
     failing: str,
@@ -3295,17 +3262,19 @@ async def test_an_answer_that_fails_in_the_middle_is_reset(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     await service.publish([event(topic=f"t{n:04}", event_id=str(n)) for n in range(1200)])
-    reads.error = UNREADABLE
-    reads.failing = [failing]
-    reads.good_calls = 2
-    async with service.connection(reading(path, version=version, accept=accept)) as client:
-        start = await client.reader.readuntil(b"t0001")
-        assert b" 200 " in start
-        with pytest.raises(ConnectionResetError):
-            await client.rest()
-    assert errors_logged(caplog) == ["Reads fail: disk I/O error"]
-    reads.error = None
-    assert len(await service.stored()) == 1200
+    for version in "1.0", "1.1":
+        reads.error = UNREADABLE
+        reads.failing = [failing]
+        reads.good_calls = 2
+        asked = reading(path, version=version, accept=accept)
+        async with service.connection(asked) as client:
+            start = await client.reader.readuntil(b"t0001")
+            assert b" 200 " in start
+            with pytest.raises(ConnectionResetError):
+                await client.rest()
+        reads.error = None
+        assert len(await service.stored()) == 1200
+    assert set(errors_logged(caplog)) == {"Reads fail: disk I/O error"}
 
 
 async def test_a_listing_is_reset_if_the_process_is_killed(
@@ -3441,25 +3410,23 @@ async def test_a_feed_with_a_limit_ends_after_so_many_events(service: InProcess)
     await until(lambda: subscribers(service, 0))
 
 
-@pytest.mark.parametrize("where", ["header", "query"])
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [("x", "int_parsing"), ("-1", "greater_than_equal"), ("5", "less_than_equal")],
-)
-async def test_a_place_that_cannot_be_resumed_is_422(
-    where: str, value: str, kind: str, service: InProcess
-) -> None:
+async def test_a_place_that_cannot_be_resumed_is_422(service: InProcess) -> None:
     await service.publish(numbered(range(4)))
-    headers = {"Accept": "text/event-stream"}
-    query = {}
-    if where == "header":
-        headers["Last-Event-ID"] = value
-    else:
-        query["lastEventId"] = value
-    (fault,) = (await service.ask("GET", "/events", headers=headers, **query)).detail(422)
-    assert fault["type"] == kind
-    assert fault["loc"] == [where, "Last-Event-ID" if where == "header" else "lastEventId"]
-    assert kind != "less_than_equal" or fault["ctx"] == {"le": 4}
+    feed = {"Accept": "text/event-stream"}
+    for value, kind, bound in [
+        ("x", "int_parsing", {}),
+        ("-1", "greater_than_equal", {"ctx": {"ge": 0}}),
+        ("5", "less_than_equal", {"ctx": {"le": 4}}),
+    ]:
+        expected = {"type": kind, "msg": ANY} | bound
+        (fault,) = (
+            await service.ask("GET", "/events", headers=feed | {"Last-Event-ID": value})
+        ).detail(422)
+        assert fault == expected | {"loc": ["header", "Last-Event-ID"]}
+        (fault,) = (
+            await service.ask("GET", "/events", headers=feed, lastEventId=value)
+        ).detail(422)
+        assert fault == expected | {"loc": ["query", "lastEventId"]}
 
 
 async def test_a_feed_of_one_topic_has_only_its_own_events(service: InProcess) -> None:
@@ -4953,6 +4920,7 @@ KEYWORDS = {
     *("minLength", "maxLength", "minItems", "maxItems", "items"),
     *("required", "properties", "additionalProperties"),
 }
+KNOWN_WORDS = KEYWORDS | ANNOTATIONS
 JSON_TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
     "array": list,
@@ -4989,7 +4957,7 @@ def misfits(value: Any, schema: Any, place: str = "$") -> list[str]:
     if isinstance(schema, bool):
         return [] if schema else [f"{place} must not be there"]
     schema = resolved(schema)
-    assert set(schema) <= KEYWORDS | ANNOTATIONS, schema
+    assert schema.keys() <= KNOWN_WORDS, schema
     if "type" in schema and not is_of_type(value, schema["type"]):
         return [f"{place} is no {schema['type']}"]
 
@@ -5013,16 +4981,16 @@ def misfits(value: Any, schema: Any, place: str = "$") -> list[str]:
             found += misfits(item, schema.get("items", True), f"{place}[{index}]")
     if isinstance(value, dict):
         found += [f"{place} lacks {key}" for key in schema.get("required", []) if key not in value]
+        rules = schema.get("properties", {})
         others = schema.get("additionalProperties", True)
         for key, member in value.items():
-            rule = schema.get("properties", {}).get(key, others)
-            found += misfits(member, rule, f"{place}.{key}")
+            found += misfits(member, rules.get(key, others), f"{place}.{key}")
 
     def fitting(schemas: list[Any]) -> int:
         return sum(not misfits(value, each, place) for each in schemas)
 
-    if "oneOf" in schema and fitting(schema["oneOf"]) != 1:
-        found.append(f"{place} fits {fitting(schema['oneOf'])} of oneOf")
+    if "oneOf" in schema and (count := fitting(schema["oneOf"])) != 1:
+        found.append(f"{place} fits {count} of oneOf")
     if "anyOf" in schema and not fitting(schema["anyOf"]):
         found.append(f"{place} fits none of anyOf")
     if "not" in schema and fitting([schema["not"]]):
@@ -5076,7 +5044,7 @@ def assert_documented(method: str, path: str, answer: Answer) -> None:
     schema = response["content"][media_type]["schema"]
     if media_type != "application/json":
         assert misfits(answer.body.decode(), schema) == []
-    elif len(answer.body) < 100_000:  # this checker is not made for more
+    elif len(answer.body) < 10_000:  # what is longer has more of the same
         assert misfits(answer.document, schema) == []
 
 
@@ -5123,36 +5091,38 @@ def test_whatever_it_refers_to_is_there_and_whatever_is_there_is_referred_to() -
     assert referred | by_name == there
 
 
-@pytest.mark.parametrize(("method", "path"), OPERATIONS)
 async def test_each_status_in_it_is_one_that_the_service_gives(
-    method: str,
-    path: str,
     serve: Serve,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(aggregator, "BODY_SECONDS", 0.1)
-    method = method.upper()
     body = json_of(event())
     plain = await serve(tmp_path / "plain.db", max_body_bytes=1000)
     guarded = await serve(tmp_path / "guarded.db", api_token="secret")
-    answers = [
-        await plain.ask(method, path, body),
-        await plain.ask(method, path, body, {"Host": "elsewhere.example"}),
-        await plain.ask(method, path, body, unknown="1"),
-        await guarded.ask(method, path, body),
-    ]
-    if method == "POST":
-        answers += [
-            await plain.publish(b"no compression", Content_Encoding="gzip"),
-            await plain.publish(b"no JSON"),
-            await plain.publish(body, Content_Type="text/plain"),
-            await plain.publish(body.ljust(1001)),
-        ]
-        async with plain.connection(request(body[:9], length=len(body))) as client:
-            answers.append(await client.answer())
-            assert_documented(method, path, answers[-1])
+    statuses: dict[tuple[str, str], set[str]] = {}
+
+    def note(method: str, path: str, answer: Answer) -> None:
+        statuses.setdefault((method.lower(), path), set()).add(str(answer.status))
+
+    for method, path in OPERATIONS:
+        method = method.upper()
+        note(method, path, await plain.ask(method, path, body))
+        note(method, path, await plain.ask(method, path, body, {"Host": "elsewhere.example"}))
+        note(method, path, await plain.ask(method, path, body, unknown="1"))
+        note(method, path, await guarded.ask(method, path, body))
+    for sent, headers in [
+        (b"no compression", {"Content_Encoding": "gzip"}),
+        (b"no JSON", {}),
+        (body, {"Content_Type": "text/plain"}),
+        (body.ljust(1001), {}),
+    ]:
+        note("POST", "/publish", await plain.publish(sent, **headers))
+    async with plain.connection(request(body[:9], length=len(body))) as client:
+        late = await client.answer()
+    assert_documented("POST", "/publish", late)
+    note("POST", "/publish", late)
 
     def fails(*_: Any) -> None:
         raise aggregator.Unavailable("disk I/O error")
@@ -5160,10 +5130,11 @@ async def test_each_status_in_it_is_one_that_the_service_gives(
     for name in "commit", "last_seq", "topics", "totals":
         monkeypatch.setattr(aggregator.SqliteStore, name, fails)
     assert (await plain.ask("GET", "/stats")).status == 503
-    answers.append(await plain.ask(method, path, body))
     assert await plain.health() == 503
+    for method, path in OPERATIONS:
+        note(method.upper(), path, await plain.ask(method.upper(), path, body))
     caplog.clear()  # of what the log says about it
-    assert {str(answer.status) for answer in answers} == set(responses_of(method, path))
+    assert statuses == {operation: set(responses_of(*operation)) for operation in OPERATIONS}
 
 
 async def test_each_media_type_in_it_can_be_asked_for(service: InProcess) -> None:
@@ -5198,32 +5169,29 @@ def query_parameters(path: str) -> dict[str, Any]:
     return {each["name"]: each["schema"] for each in parameters if each["in"] == "query"}
 
 
-@pytest.mark.parametrize("path", READERS)
-async def test_a_query_parameter_that_is_not_in_it_is_refused(
-    path: str, service: InProcess
-) -> None:
-    # Whatever name the service could know stands in its source.
+async def test_a_query_parameter_that_is_not_in_it_is_refused(service: InProcess) -> None:
+    # Whatever name the service could know stands in its source, and in quotes.
     source = (HERE / "aggregator.py").read_text(encoding="utf-8")
-    names = {*re.findall(r"\w+", source), "offset", "page", "Limit", "limit[]", "$limit", "", "é"}
-    others = sorted(names - set(query_parameters(path)))
-    for start in range(0, len(others), 90):
-        asked = others[start : start + 90]
-        query = urllib.parse.urlencode(dict.fromkeys(asked, "1"))
-        detail = (await service.ask("GET", f"{path}?{query}")).detail(422)
-        found = {fault["loc"][1] for fault in detail if fault["type"] == "extra_forbidden"}
-        assert found == set(asked)
+    names = {*re.findall(r'"(\w+)"', source), "offset", "page", "Limit", "limit[]", "$limit", "é", ""}
+    for path in READERS:
+        others = sorted(names - set(query_parameters(path)))
+        for start in range(0, len(others), 90):
+            asked = others[start : start + 90]
+            query = urllib.parse.urlencode(dict.fromkeys(asked, "1"))
+            detail = (await service.ask("GET", f"{path}?{query}")).detail(422)
+            found = {fault["loc"][1] for fault in detail if fault["type"] == "extra_forbidden"}
+            assert found == set(asked)
 
 
-@pytest.mark.parametrize("path", READERS)
-async def test_a_query_parameter_that_is_given_twice_is_refused(
-    path: str, service: InProcess
-) -> None:
-    for name in query_parameters(path):
-        for value in "", "1":
-            detail = (await service.ask("GET", f"{path}?{name}={value}&{name}={value}")).detail(422)
-            assert ("extra_forbidden", ["query", name]) in [
-                (fault["type"], fault["loc"]) for fault in detail
-            ]
+async def test_a_query_parameter_that_is_given_twice_is_refused(service: InProcess) -> None:
+    for path in READERS:
+        for name in query_parameters(path):
+            for value in "", "1":
+                twice = f"{path}?{name}={value}&{name}={value}"
+                detail = (await service.ask("GET", twice)).detail(422)
+                assert ("extra_forbidden", ["query", name]) in [
+                    (fault["type"], fault["loc"]) for fault in detail
+                ]
 
 
 NUMBERS_AND_OTHERS = [
@@ -5231,23 +5199,19 @@ NUMBERS_AND_OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path in READERS for name in query_parameters(path)]
-)
-async def test_a_query_parameter_is_taken_with_the_values_in_it_and_no_others(
-    path: str, name: str, service: InProcess
-) -> None:
+async def test_a_query_parameter_is_taken_with_the_values_in_it_alone(service: InProcess) -> None:
     await service.publish(numbered(range(3)))
-    schema = query_parameters(path)[name]
-    with_it = {"topic": "order.created"} if name == "event_id" else {}
-    headers = {"Accept": "text/event-stream"} if name == "lastEventId" else {}
-    for value in NUMBERS_AND_OTHERS:
-        is_in_it = not misfits(value, schema) or not misfits(as_json(value), schema)
-        query = {name: value} | with_it
-        async with service.session.get(
-            service.url + path, params=query, headers=headers
-        ) as response:
-            assert (response.status == 200) == is_in_it, value
+    parameters = [(path, *each) for path in READERS for each in query_parameters(path).items()]
+    for path, name, schema in parameters:
+        with_it = {"topic": "order.created"} if name == "event_id" else {}
+        headers = {"Accept": "text/event-stream"} if name == "lastEventId" else {}
+        for value in NUMBERS_AND_OTHERS:
+            is_in_it = not misfits(value, schema) or not misfits(as_json(value), schema)
+            query = {name: value} | with_it
+            async with service.session.get(
+                service.url + path, params=query, headers=headers
+            ) as response:
+                assert (response.status == 200) == is_in_it, (name, value)
 
 
 BODY = CONTRACT["paths"]["/publish"]["post"]["requestBody"]["content"]["application/json"]
@@ -5282,14 +5246,16 @@ def is_plain_json(value: Any) -> bool:
     return not re.search("[\ud800-\udfff]|Infinity", json.dumps(value, ensure_ascii=False))
 
 
-async def test_a_body_is_taken_just_if_it_fits_the_schema(service: InProcess) -> None:
+def test_a_body_is_taken_just_if_it_fits_the_schema() -> None:
     bodies: list[Any] = [[], {"events": []}, {"events": 1}, {"events": [event()], "a": 1}, [[{}]]]
     for candidate in filter(is_plain_json, AT_THE_EDGE):
         bodies += [candidate, [candidate], {"events": [event(), candidate]}]
-    answers = await asyncio.gather(*map(service.publish, bodies))
-    for body, answer in zip(bodies, answers):
-        assert (answer.status == 202) == (misfits(body, BODY["schema"]) == []), body
-    assert {answer.status for answer in answers} == {202, 422}
+    taken = 0
+    for body in bodies:
+        fits = misfits(body, BODY["schema"]) == []
+        assert (faults_of(json_of(body)) == []) == fits, body
+        taken += fits
+    assert 100 < taken < len(bodies) - 100
 
 
 def test_the_schema_and_the_service_agree_on_thousands_of_damaged_events() -> None:
