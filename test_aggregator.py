@@ -5,7 +5,8 @@ others are written; skip it, and come back when a word is not clear. Then each s
 contract has its tests, from "Starting it" to "Stopping", and last come the other files.
 
 There are two ways to run the service: `service` (or `serve`, with settings) in this process, on a
-free port and a temporary file; and `process`, a real `python aggregator.py` that can be killed.
+free port and a temporary file; and `process`, a process of its own that can be killed, forked to
+save the start of an interpreter, or with `kind=Process` a real `python aggregator.py`.
 `disk`, `reads` and `pace` hold up the first one, or make it fail, at the doors between its parts.
 What a client is told is checked against `rows`, which reads the file through another connection.
 
@@ -32,6 +33,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import queue
 import random
@@ -582,7 +584,7 @@ class Process(Service):
         self._command = command
         self._environment = clean_environment(environment)
         self._log_file = log
-        self.popen: subprocess.Popen[bytes] | None = None
+        self.popen: subprocess.Popen[bytes] | Fork | None = None
 
     async def start(self, *flags: str, **environment: str) -> None:
         """Returns once it says where it listens."""
@@ -597,7 +599,7 @@ class Process(Service):
 
     def _spawn(
         self, flags: Sequence[str], environment: dict[str, str], log: BinaryIO
-    ) -> subprocess.Popen[bytes]:
+    ) -> subprocess.Popen[bytes] | Fork:
         return subprocess.Popen(
             [*self._command, *flags],
             env=self._environment | environment,
@@ -628,6 +630,64 @@ class Process(Service):
         """Asks it to stop; returns its exit code."""
         self.popen.send_signal(number)
         return await self.ended()
+
+
+# A new interpreter needs a long time, most of it to load aiohttp. Where the start is not the point,
+# the process is a fork of one that has loaded all but the project's own modules.
+FORKS = multiprocessing.get_context("forkserver" if os.name == "posix" else None)
+FORKS.set_forkserver_preload(["aiohttp.web", "argparse", "runpy", "sqlite3", "psycopg"])
+BECOME_THE_PROGRAM = """
+import logging, os, runpy, sys
+descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+os.dup2(descriptor, 1)
+os.dup2(descriptor, 2)
+os.close(descriptor)
+os.environ.clear()
+os.environ.update(environment)
+sys.argv = command
+sys.path[0] = os.path.dirname(command[0])
+try:
+    runpy.run_path(command[0], run_name="__main__")
+finally:
+    logging.shutdown()  # which is what an interpreter does at its end, and a fork does not
+"""
+
+
+class Fork:
+    """A process like that of `python aggregator.py`, with as much of Popen as is used here."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log: str) -> None:
+        names = {"command": command, "environment": environment, "log": log}
+        self._process = FORKS.Process(
+            target=exec, args=(BECOME_THE_PROGRAM, names), daemon=True  # nobody waits at the end
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+
+class ForkedProcess(Process):
+    """One without the start of an interpreter."""
+
+    def _spawn(self, flags: Sequence[str], environment: dict[str, str], log: BinaryIO) -> Fork:
+        _, *command = self._command
+        return Fork([*command, *flags], self._environment | environment, log.name)
 
 
 class PipedProcess(Process):
@@ -671,12 +731,14 @@ async def process(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Proce
         program: Path = HERE / "aggregator.py",
         python: Sequence[str] = (),
         ulimit: str = "",
-        kind: type[Process] = Process,
+        kind: type[Process] = ForkedProcess,
         **environment: str,
     ) -> Process:
         log = tmp_path / f"{len(processes)}.log"
         where = [] if "DB_PATH" in environment else ["--db", str(db)]
         command = [sys.executable, *python, str(program), "--port", "0", *where, *flags]
+        if kind is ForkedProcess and (python or ulimit):
+            kind = Process
         if ulimit:
             command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
         started = kind(db, log, command, environment)
@@ -1469,10 +1531,7 @@ class Elsewhere(Process):
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """It answers while this lasts."""
-        with self._log_file.open("wb") as log:
-            self.popen = subprocess.Popen(
-                self._arguments, env=self._environment, cwd=self.db.parent.parent, stderr=log
-            )
+        self.popen = self._begin()
         try:
             self.port = await until(self.place)
             await until(self.answers)
@@ -1481,6 +1540,12 @@ class Elsewhere(Process):
             await self.session.close()
             if self.popen.poll() is None:
                 await self.kill()
+
+    def _begin(self) -> subprocess.Popen[bytes]:
+        with self._log_file.open("wb") as log:
+            return subprocess.Popen(
+                self._arguments, env=self._environment, cwd=self.db.parent.parent, stderr=log
+            )
 
     def place(self) -> int:
         """The port at which it listens; 0 before it does."""
@@ -7928,7 +7993,9 @@ async def test_who_starts_while_another_makes_the_tables_waits_for_them(
 async def test_processes_that_start_at_once_share_the_events(
     database: Database, process: StartProcess
 ) -> None:
-    services = await asyncio.gather(*[process(DB_PATH=database.address) for _ in range(2)])
+    services = await asyncio.gather(
+        *[process(DB_PATH=database.address, kind=Process) for _ in range(2)]
+    )
     answers = [await service.publish(numbered([1, 2])) for service in services]
     assert [answer.counts for answer in answers] == [(2, 2, 0), (2, 0, 2)]
     for service in services:
@@ -8159,12 +8226,12 @@ def blocks_of(path: Path) -> list[Block]:
 
 def prose_of(path: Path) -> str:
     """A text without its blocks of code."""
-    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors_of(path: Path) -> set[str]:
     """What links to the headings of a text look like."""
-    headings = re.findall(r"^#+ (.*)$", prose_of(path), re.M)
+    headings = re.findall(r"^#+ (.*)$", prose_of(path), re.MULTILINE)
     letters = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {text.replace(" ", "-") for text in letters}
 
@@ -8271,7 +8338,7 @@ def test_every_block_can_be_parsed(path: Path) -> None:
             check = ["bash", "-n", "-c", block.code]
             done = subprocess.run(check, capture_output=True, check=False)
             assert not done.returncode and not done.stderr, (block, done.stderr)
-            for script in re.findall(r"<<'EOF'\n(.*?)^EOF$", block.code, re.M | re.S):
+            for script in re.findall(r"<<'EOF'\n(.*?)^EOF$", block.code, re.MULTILINE | re.DOTALL):
                 compile(script, path.name, "exec")
 
 
@@ -8502,14 +8569,20 @@ async def test_the_image_asks_health_and_no_proxy(
     folder = tmp_path / "another"
     services = [await process(), await process("--host", "::", db=folder / "events.db")]
 
-    def check(port: int) -> int:
+    async def check(port: int) -> int:
         environment = clean_environment({"PORT": str(port), "HTTP_PROXY": "http://127.0.0.1:9"})
-        return subprocess.run(
-            [sys.executable, *command[1:]], env=environment, stderr=subprocess.DEVNULL, check=False
-        ).returncode
+        checking = await asyncio.create_subprocess_exec(
+            sys.executable, *command[1:], env=environment, stderr=subprocess.DEVNULL
+        )
+        return await checking.wait()
 
+    async def checks() -> list[int]:
+        return await asyncio.gather(*(check(service.port) for service in services))
+
+    assert await checks() == [0, 0]
     for service in services:
-        assert check(service.port) == 0
         service.db.unlink()
-        await until(lambda: check(service.port) == 1)
-    assert check(free_port()) != 0
+    for service in services:
+        await health_becomes(service, 503)
+    assert await checks() == [1, 1]
+    assert await check(free_port()) != 0
