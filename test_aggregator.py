@@ -728,18 +728,15 @@ async def process(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Proce
     async def start(
         *flags: str,
         db: Path = usual,
-        program: Path = HERE / "aggregator.py",
-        python: Sequence[str] = (),
         ulimit: str = "",
         kind: type[Process] = ForkedProcess,
         **environment: str,
     ) -> Process:
         log = tmp_path / f"{len(processes)}.log"
         where = [] if "DB_PATH" in environment else ["--db", str(db)]
-        command = [sys.executable, *python, str(program), "--port", "0", *where, *flags]
-        if kind is ForkedProcess and (python or ulimit):
-            kind = Process
+        command = [sys.executable, str(HERE / "aggregator.py"), "--port", "0", *where, *flags]
         if ulimit:
+            kind = Process
             command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
         started = kind(db, log, command, environment)
         processes.append(started)
@@ -1276,29 +1273,39 @@ def test_a_sqlite_older_than_3_38_is_refused(
     SqliteStore(str(tmp_path / "events.db")).close()
 
 
+# Whatever is left open, and whatever is not ASCII, is an error here.
+STRICT = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "ascii"}
+
+
 async def test_a_start_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     other = tmp_path / "other.db"
     sqlite_file("CREATE TABLE t (x)")(other)
+    (tmp_path / "no log.db-wal").mkdir()  # where the write-ahead log should be
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases = {  # the flags, and what the line ends in
             f"already in use; try --port {port + 1}": ["--port", port],
             "it belongs to another program; name another file": ["--db", other],
+            "that this user may write to both": ["--db", tmp_path / "no log.db"],
         }
         usual = ["--port", 0, "--db", tmp_path / "x.db"]
         running = [run_aggregator(*usual, *flags) for flags in cases.values()]
+        helped = run_aggregator("--help")
         for popen, end in zip(running, cases):
             out, err = await asyncio.to_thread(finished, popen)
             assert (popen.returncode, out) == (1, "")
-            assert err.startswith("aggregator: cannot ") and err.count("\n") == 1
-            assert err.removesuffix("\n").endswith(end), err
+            # In development mode asyncio complains of all that is slow.
+            (line,) = [line for line in err.splitlines() if " - asyncio - " not in line]
+            assert line.startswith("aggregator: cannot ") and line.endswith(end), err
+        out, err = await asyncio.to_thread(finished, helped)
+        assert (helped.returncode, err) == (0, "") and "environment: DB_PATH" in out
 
 
 def run_aggregator(*flags: object) -> subprocess.Popen[str]:
     """A process that should end by itself."""
     return subprocess.Popen(
         [sys.executable, str(HERE / "aggregator.py"), *map(str, flags)],
-        env=clean_environment({}),
+        env=clean_environment(STRICT),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -1318,15 +1325,9 @@ async def test_it_introduces_itself_and_says_that_it_has_stopped(
     process: StartProcess, tmp_path: Path
 ) -> None:
     db = tmp_path / "a folder" / "that is made" / "events.db"
-    link = tmp_path / "link.py"  # as deployments have them
-    link.symlink_to(HERE / "aggregator.py")
-    service = await process(
-        *("--log-level", "ERROR"), db=db, program=link, python=["-OO"], API_TOKEN="t0ken"
-    )
+    service = await process("--log-level", "ERROR", db=db, API_TOKEN="t0ken")
     service.session.headers["Authorization"] = "Bearer t0ken"
     assert (await service.publish(numbered([1, 2, 2]))).counts == (3, 2, 1)
-    html = await service.ask("GET", "/", headers={"Accept": "text/html"})
-    assert html.headers["content-type"].startswith("text/html"), "the page is found"
     assert await service.terminate(signal.SIGINT) == 0
     await service.start("--log-level", "warning", "--host", "0.0.0.0", API_TOKEN="")
     assert await service.terminate() == 0
@@ -1625,10 +1626,8 @@ async def test_without_its_standard_streams_it_serves_all_the_same(tmp_path: Pat
     await asyncio.gather(run("none", "<&- >&- 2>&-"), run("no errors", "2>&-"))
 
 
-async def test_through_a_link_from_another_folder_without_docstrings_it_has_its_page(
-    tmp_path: Path,
-) -> None:
-    link = tmp_path / "aggregator"
+async def test_through_a_link_without_docstrings_it_has_its_page(tmp_path: Path) -> None:
+    link = tmp_path / "aggregator"  # and it runs in another folder
     link.symlink_to(HERE / "aggregator.py")
     service = Elsewhere(tmp_path / "data" / "events.db", program=link, PYTHONOPTIMIZE="2")
     async with service.running():
@@ -1676,33 +1675,6 @@ def has_both_addresses() -> bool:
 
 
 IPV6 = has_both_addresses()
-
-
-def test_a_start_that_fails_leaves_nothing_open_and_help_needs_ascii_alone(tmp_path: Path) -> None:
-    strict = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "ascii"}
-    (tmp_path / "2.db-wal").mkdir()  # where the write-ahead log should be
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        commands = {
-            f"try --port {port + 1}": ["--db", f"{tmp_path}/1.db", "--port", str(port)],
-            "2.db": ["--db", f"{tmp_path}/2.db", "--port", "0"],
-            "environment: DB_PATH": ["--help"],
-        }
-        running = {}
-        for said, flags in commands.items():
-            running[said] = subprocess.Popen(
-                [sys.executable, str(HERE / "aggregator.py"), *flags],
-                env=clean_environment(strict),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        outputs = {said: popen.communicate() for said, popen in running.items()}
-    for said, (out, err) in outputs.items():
-        assert said in out + err
-        # In development mode asyncio complains of all that is slow.
-        lines = [line for line in err.splitlines() if " - asyncio - " not in line]
-        assert len(lines) == (0 if out else 1), err
 
 
 # SIGTERM comes while the interpreter still loads the program.
@@ -2374,9 +2346,11 @@ async def test_a_422_carries_these_entries_and_nothing_is_stored(service: InProc
     for number, (field, value, entry) in enumerate(BAD_FIELDS):
         body, loc = in_all_forms(event(**{field: value}))[number % 3]
         table.append((json_of(body), [entry | {"loc": [*loc, field]}]))
-    answers = await asyncio.gather(*(service.publish(body) for body, _ in table))
-    for answer, (body, entries) in zip(answers, table):
-        assert answer.detail(422) == entries, body[:200]
+    for start in range(0, len(table), 100):
+        some = table[start : start + 100]
+        answers = await asyncio.gather(*(service.publish(body) for body, _ in some))
+        for answer, (body, entries) in zip(answers, some):
+            assert answer.detail(422) == entries, body[:200]
     assert await service.stats() == (0, 0, 0) and rows(service.db) == []
 
 
@@ -3722,17 +3696,17 @@ async def test_subscribers_see_every_event_once_in_order(
 ) -> None:
     async def subscriber(impatience: int) -> list[tuple[int, dict[str, Any]]]:
         found: list[tuple[int, dict[str, Any]]] = []
-        while len(found) < 200:
+        while len(found) < 100:
             last = str(found[-1][0]) if found else ""
             async with service.feed(last_event_id=last) as feed:
-                found += await feed.take(min(impatience, 200 - len(found)))
+                found += await feed.take(min(impatience, 100 - len(found)))
         return found
 
     async def publisher(start: int) -> None:
-        for number in range(start, 200, 6):
+        for number in range(start, 100, 6):
             await service.publish([event(event_id=str(number)), event(event_id="0")])
 
-    subscribers = [asyncio.create_task(subscriber(10 + 10 * n)) for n in range(20)]
+    subscribers = [asyncio.create_task(subscriber(10 + 10 * n)) for n in range(10)]
     await asyncio.gather(*map(publisher, range(6)))
     truth = rows(service.db)
     for found in await asyncio.gather(*subscribers):
@@ -5539,6 +5513,7 @@ def test_a_log_that_is_read_loses_nothing_however_long_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(aggregator, "LOG_QUEUE_BYTES", 500)
+    monkeypatch.setattr(aggregator, "LOG_SECONDS", 0.001)
     with (tmp_path / "log").open("wb") as file:
         handler = log_handler(file.fileno())
         for number in range(10):
@@ -5883,12 +5858,11 @@ async def test_a_reader_that_takes_nothing_for_a_minute_is_let_go(
     await large_log(service, 8)
     monkeypatch.setattr(aggregator, "READER_SECONDS", 0.5)
     began = time.monotonic()
-    async with service.connection(reading("/events")) as client:
-        await until(client.is_reset)
+    feed = reading("/events", accept="text/event-stream")
+    async with service.connection(reading("/events")) as one, service.connection(feed) as other:
+        await until(one.is_reset)
+        await until(other.is_reset)
     assert time.monotonic() - began < PATIENCE_SECONDS / 2
-    lines = reading("/events", accept="text/event-stream")
-    async with service.connection(lines) as client:
-        await until(client.is_reset)
     await until(lambda: subscribers(service, 0))
     assert len(await service.stored()) == 8, "who takes something now and then may go on"
 
@@ -5899,6 +5873,7 @@ async def test_readers_that_read_nothing_leave_room_for_the_others(
     await large_log(service, 8)
     monkeypatch.setattr(aggregator, "READERS_BYTES", 1_500_000)
     monkeypatch.setattr(aggregator, "STUCK_SECONDS", 0.1)
+    monkeypatch.setattr(aggregator, "ROOM_SECONDS", 0.05)
     monkeypatch.setattr(aggregator, "SLOW_SECONDS", 0.05)
     async with contextlib.AsyncExitStack() as stack:
         stuck = [
@@ -6254,26 +6229,42 @@ def handlers_restored() -> Iterator[None]:
 
 
 async def test_a_locked_database_and_a_stuck_reader_delay_the_stop_little(
-    process: StartProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    disk: Disk,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    service = await process()
-    await large_log(service, 8)
-    lines = reading("/events", version="1.0", accept="application/jsonl")
-    async with service.connection(lines) as reader:
-        await reader.reader.readuntil(b"event_id")
-        with locked(service.db):
-            bodies = [event(topic="late", event_id=str(n)) for n in range(5)]
-            waiting = [asyncio.create_task(service.publish(body)) for body in bodies]
-            await until(lambda: in_flight(service, sum(len(json_of(body)) for body in bodies)))
-            began = time.monotonic()
-            assert await service.terminate() == 0
-            assert time.monotonic() - began < 8, "2 s for the lock, and not for each of them"
+    monkeypatch.setattr(aggregator, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(aggregator, "SHUTDOWN_SECONDS", 0.1)
+    monkeypatch.setattr(signal, "alarm", lambda seconds: None)
+    service = Service(tmp_path / "events.db")
+    with handlers_restored():
+        settings = Settings(port=0, db=str(service.db))
+        serving = asyncio.create_task(aggregator.serve(settings))
+        place = await until(lambda: re.search(r"Running on http://localhost:(\d+)", caplog.text))
+        service.port = int(place[1])
+        await large_log(service, 8)
+        disk.groups.clear()
+        lines = reading("/events", version="1.0", accept="application/jsonl")
+        async with service.connection(lines) as reader:
+            await reader.reader.readuntil(b"event_id")
+            with locked(service.db):
+                bodies = [event(topic="late", event_id=str(n)) for n in range(5)]
+                async with commit_held(disk, service) as waiting:
+                    await queue_up(service, waiting, bodies)
+                    signal.raise_signal(signal.SIGTERM)
+                    await until(lambda: is_closed(service))
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    assert await serving == 0
             for answer in waiting:
                 with contextlib.suppress(aiohttp.ClientError):
                     (await answer).detail(503)
-        with pytest.raises(ConnectionResetError):
-            await reader.rest()
+            with pytest.raises(ConnectionResetError):
+                await reader.rest()
+    await service.session.close()
+    assert len(disk.groups) <= 2, "it waits for the lock, but not once for each request"
     assert len(rows(service.db)) == 8
+    assert errors_logged(caplog) == ["Commits fail: database is locked"]
 
 
 async def test_what_comes_during_the_stop_is_503(disk: Disk, service: InProcess) -> None:
@@ -7020,7 +7011,7 @@ async def test_a_service_that_hangs_or_hangs_up_is_tried_again(
             request.transport.write(b"nonsense\r\n\r\n")
 
     stand_in.trouble = trouble
-    monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.3)
     ended = await simulate(concurrency=1)
     assert ended.code == 0, ended
     assert "Retries     3 x connection, 1 x time-out\n" in ended.out
@@ -7070,12 +7061,13 @@ async def test_retry_after_is_waited_for_and_the_pause_added(
     stand_in: StandIn, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher.random, "uniform", lambda low, high: high)
-    stand_in.trouble = answers_with(503, Retry_After="1")
+    monkeypatch.setattr(publisher, "retry_after", {"7": 0.1, None: 0.0}.__getitem__)
+    stand_in.trouble = answers_with(503, Retry_After="7")
     ended = await simulate(concurrency=1)
     assert ended.code == 0
-    assert stand_in.times[1] - stand_in.times[0] >= 1.049
+    assert stand_in.times[1] - stand_in.times[0] >= 0.149
     slowest = re.search(r"p99 (\d+)\.\d ms", ended.out)
-    assert slowest and int(slowest[1]) >= 1049, "the pause counts: it is what a publisher feels"
+    assert slowest and int(slowest[1]) >= 149, "the pause counts: it is what a publisher feels"
 
 
 @needs_publisher
@@ -7095,11 +7087,11 @@ async def test_it_gives_up_after_so_long_without_success(
 ) -> None:
     monkeypatch.setattr(publisher.random, "uniform", lambda low, high: 99.0)
     stand_in.trouble = answers_with(503, times=999)
-    ended = await simulate(concurrency=1, wait=1.0)
+    ended = await simulate(concurrency=1, wait=0.3)
     assert (ended.code, ended.out) == (1, "")
     first, *others = stand_in.times
     assert len(others) < 3, "the last try falls on the end of that time"
-    assert others[-1] - first > 0.99
+    assert others[-1] - first > 0.29
     words = r"publisher: gave up on \S+, [\d.]+ s without success: 503 no"
     assert re.fullmatch(words, ended.err.splitlines()[-1]), ended.err
 
@@ -7138,10 +7130,10 @@ async def test_it_says_that_it_waits_only_after_a_failure(
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        ended = await simulate(url=url, wait=1.0)
+        ended = await simulate(url=url, wait=0.2)
     assert (ended.code, ended.out) == (1, "")
     waiting, gave_up = ended.err.splitlines()
-    assert waiting.startswith(f"Waiting for {url}, 1 s at most: ")
+    assert waiting.startswith(f"Waiting for {url}, 0.2 s at most: ")
     assert gave_up.startswith(f"publisher: gave up on {url}, ")
     assert waiting.endswith(" (is aggregator.py running?)")
     assert gave_up.endswith(" (is aggregator.py running?)")
@@ -7397,23 +7389,22 @@ async def test_it_proves_that_each_event_is_stored_exactly_once(process: StartPr
 
 @needs_publisher
 async def test_its_verdict_holds_though_the_service_is_killed_under_it(
-    process: StartProcess,
+    process: StartProcess, simulate: Simulate
 ) -> None:
     service = await process()
-    running = await started(
-        *("--url", service.url, "--events", "2000", "--duplicate-rate", "0.3"),
-        *("--batch-size", "10", "--rate", "2000"),
-    )
+    run = {"events": 2000, "duplicate_rate": 0.3, "batch_size": 10, "rate": 4000.0, "wait": 30.0}
+    running = asyncio.create_task(simulate(url=service.url, **run))
 
     async def is_under_way() -> bool:
         return (await service.stats())[1] >= 300
 
     await until(is_under_way)
     await service.kill()
-    assert running.returncode is None
+    assert not running.done()
     await service.start("--port", str(service.port))
-    ended = await outcome(running)
+    ended = await running
     assert ended.code == 0, ended
+    assert re.search(r"Retries     \d+ x connection", ended.out), ended
     assert len(await all_adds_up(service)) == 1400
 
 
@@ -7829,7 +7820,11 @@ def test_an_empty_group_writes_and_fails_where_a_group_would(
     assert database.counters() == {"": (0, 0)}
 
 
-def test_news_name_the_topics_unless_the_names_are_too_long(open_store: Open) -> None:
+def test_news_name_the_topics_unless_the_names_are_too_long(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import postgres
+
     one, other = open_store(), open_store()
     assert one.changed() is None  # it listens from now on
     store_events(other, numbered([1, 2]), numbered([1], topic="other"))
@@ -7837,7 +7832,9 @@ def test_news_name_the_topics_unless_the_names_are_too_long(open_store: Open) ->
     store_events(other, numbered([1, 3], topic="other"), numbered([1]))
     assert one.changed() == {"other"}
     store_events(one, numbered([4]))
-    assert one.changed() == set()  # its own
+    with monkeypatch.context() as patched:
+        patched.setattr(postgres, "LISTEN_SECONDS", 0.1)
+        assert one.changed() == set()  # its own
     store_events(other, [event(topic=f"{number}{'x' * 500}") for number in range(20)])
     assert one.changed() is None
 
@@ -7864,7 +7861,8 @@ async def test_a_server_that_is_silent_on_a_live_connection_is_given_up(
 ) -> None:
     import postgres
 
-    monkeypatch.setattr(postgres, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(postgres, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(postgres, "WATCH_SECONDS", 0.05)
     store = open_store()
     (backend,) = database.backends()
     rescue = threading.Timer(PATIENCE_SECONDS, os.kill, [backend, signal.SIGCONT])
@@ -8285,6 +8283,7 @@ class Laboratory:
         """What the block prints."""
         code = re.sub(r"\b8080\b", str(self.service.port), block.code)
         code = re.sub(r"\b8081\b", str(self._second_port), code)
+        code = code.replace("-m 1 ", "-m 0.5 ")  # for how long curl reads a feed
         address = {"AGGREGATOR_URL": f"http://127.0.0.1:{self.service.port}"}
         done = subprocess.run(
             ["bash", "-c", code],
@@ -8354,11 +8353,12 @@ def test_commands_ask_for_paths_that_exist(tmp_path: Path) -> None:
 
 @needs_readme
 @needs_publisher
-def test_commands_use_flags_that_exist() -> None:
+def test_commands_use_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     known = {}
-    for program in ("aggregator.py", "publisher.py"):
-        command = [sys.executable, str(HERE / program), "--help"]
-        known[program] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for module in aggregator, publisher:
+        with pytest.raises(SystemExit):
+            module.read_settings(["--help"], {})
+        known[f"{module.__name__}.py"] = capsys.readouterr().out
     for block in itertools.chain.from_iterable(map(blocks_of, TEXTS)):
         for program, arguments in re.findall(r"(\w+\.py)((?: [^|&;\n]+)?)", block.code):
             for flag in re.findall(r"(?<= )--[a-z-]+", arguments):
