@@ -2375,7 +2375,7 @@ def test_all_errors_are_listed_events_in_order_and_fields_in_order() -> None:
 
 async def test_at_most_100_errors_are_listed(service: InProcess) -> None:
     for bad, times in [
-        ({}, 100_000),
+        ({}, 10_000),
         (5, 101),
         ({"topic": "t"}, 26),
         ({"topic": "t", "event_id": "1"}, 40),
@@ -5300,13 +5300,13 @@ def test_a_body_is_taken_just_if_it_fits_the_schema() -> None:
 def test_the_schema_and_the_service_agree_on_thousands_of_damaged_events() -> None:
     chance = random.Random(14)
     taken = 0
-    for _ in range(3000):
+    for _ in range(2000):
         candidate = damaged(chance)
         if is_plain_json(candidate):
             fits = misfits(candidate, BODY["schema"]) == []
             assert (faults_of(json_of(candidate)) == []) == fits, candidate
             taken += fits
-    assert 500 < taken < 2500
+    assert 400 < taken < 1600
 
 
 def test_a_leap_second_elsewhere_is_the_one_event_that_the_schema_cannot_describe() -> None:
@@ -5759,10 +5759,10 @@ async def test_a_failing_disk_lets_the_bodies_go_at_once(
     disk.error = aggregator.Unavailable("database or disk is full")
     body = json_of(event(payload={"text": "x" * 500_000}))
     with memory() as measured:
-        for _ in range(40):
+        for _ in range(20):
             (await service.publish(body)).detail(503)
     assert errors_logged(caplog) == ["Commits fail: database or disk is full"]
-    assert measured.held < 10_000_000, "of twice 20 MB"
+    assert measured.held < 5_000_000, "of twice 10 MB"
 
 
 async def test_bytes_are_in_flight_until_the_commit(disk: Disk, serve: Serve) -> None:
@@ -7509,7 +7509,8 @@ class Database:
         self.server_address = address
         self.schema = f"test_{random.SystemRandom().getrandbits(48):x}"
         self.address = self.with_options(f"-csearch_path={self.schema}")
-        self._connect = functools.partial(psycopg.connect, autocommit=True)
+        self._connect = functools.partial(psycopg.connect, self.address, autocommit=True)
+        self._connection = self._connect()
         self.ask(f"CREATE SCHEMA {self.schema}")
 
     def with_options(self, options: str) -> str:
@@ -7518,10 +7519,17 @@ class Database:
         return f"{self.server_address}{separator}options={urllib.parse.quote(options)}"
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """The rows of a query, through a connection of its own."""
-        with self._connect(self.address) as connection:
-            cursor = connection.execute(query, values or None)
-            return cursor.fetchall() if cursor.description else []
+        """The rows of a query, through a connection of ours."""
+        import psycopg
+
+        try:
+            cursor = self._connection.execute(query, values or None)
+        except psycopg.OperationalError:
+            if not self._connection.broken:
+                raise
+            self._connection = self._connect()  # the server was started anew
+            cursor = self._connection.execute(query, values or None)
+        return cursor.fetchall() if cursor.description else []
 
     def events(self) -> list[tuple[int, str, str]]:
         """The truth: seq, topic and event_id of what is stored, in order."""
@@ -7547,6 +7555,7 @@ class Database:
     def drop(self) -> None:
         """Takes it away."""
         self.ask(f"DROP SCHEMA {self.schema} CASCADE")
+        self._connection.close()
 
 
 def rows_of_postgres(address: str, query: str) -> list[dict[str, Any]]:
@@ -7738,9 +7747,8 @@ def test_the_newest_events_and_a_single_one_are_found(open_store: Open) -> None:
         assert store.topics(topic, 1) is not None
 
 
-@pytest.mark.parametrize("topic", [None, "busy", "rare"])
 def test_pages_are_ranges_of_an_index_however_rare_the_topic(
-    database: Database, open_store: Open, topic: str | None
+    database: Database, open_store: Open
 ) -> None:
     import postgres
 
@@ -7752,15 +7760,20 @@ def test_pages_are_ranges_of_an_index_however_rare_the_topic(
         " FROM generate_series(1, 20000) AS n"
     )
     database.ask("ANALYZE events")
-    which = postgres.OF_TOPIC if topic else postgres.OF_ALL
-    page = postgres.PAGE.format(text=postgres.TEXTS[aggregator.LINES], **which)
-    values = {"topic": topic, "after": 5000, "upto": 20000, "limit": 500, "most_bytes": 10**6}
-    plan = explain_plan(database, page, values)
-    scans = [node for node in plan if node.get("Relation Name") == "events"]
-    assert [node["Index Name"] for node in scans] == ["events_of_topic" if topic else "events_pkey"]
-    assert "seq" in scans[0]["Index Cond"]
-    assert "Filter" not in scans[0]
-    assert scans[0]["Actual Rows"] == (1 if topic == "rare" else 500)
+    for topic, index, count in [
+        (None, "events_pkey", 500),
+        ("busy", "events_of_topic", 500),
+        ("rare", "events_of_topic", 1),
+    ]:
+        which = postgres.OF_TOPIC if topic else postgres.OF_ALL
+        page = postgres.PAGE.format(text=postgres.TEXTS[aggregator.LINES], **which)
+        values = {"topic": topic, "after": 5000, "upto": 20000, "limit": 500, "most_bytes": 10**6}
+        plan = explain_plan(database, page, values)
+        (scan,) = [node for node in plan if node.get("Relation Name") == "events"]
+        assert scan["Index Name"] == index
+        assert "seq" in scan["Index Cond"]
+        assert "Filter" not in scan
+        assert scan["Actual Rows"] == count
 
 
 def explain_plan(database: Database, query: str, values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -8124,7 +8137,7 @@ async def run_chaos(
     publishers = [asyncio.create_task(chaos.publish(f"publisher {n}")) for n in range(6)]
     subscribers = [asyncio.create_task(chaos.subscribe()) for _ in range(3)]
     for blow in blows:
-        await chaos.more(chaos.chance.randrange(200, 400))
+        await chaos.more(chaos.chance.randrange(100, 200))
         if blow == "database":
             await asyncio.to_thread(server.stop)
             await asyncio.to_thread(server.start)
@@ -8576,13 +8589,9 @@ async def test_the_image_asks_health_and_no_proxy(
         )
         return await checking.wait()
 
-    async def checks() -> list[int]:
-        return await asyncio.gather(*(check(service.port) for service in services))
-
-    assert await checks() == [0, 0]
-    for service in services:
-        service.db.unlink()
-    for service in services:
-        await health_becomes(service, 503)
-    assert await checks() == [1, 1]
-    assert await check(free_port()) != 0
+    failing, other = services
+    assert await asyncio.gather(check(failing.port), check(other.port)) == [0, 0]
+    failing.db.unlink()
+    await health_becomes(failing, 503)
+    status, without_service = await asyncio.gather(check(failing.port), check(free_port()))
+    assert (status, bool(without_service)) == (1, True)
