@@ -231,9 +231,9 @@ class Says:
 
 # --- Vocabulary: services ----------------------------------------------------------------------
 # until, memory; Answer, Feed, Connection, Service; tmp_path; InProcess, Process, ForkedProcess;
-# serve, service, process; closed, Disk, Reads, Pace, Connections; queued, in_flight, subscribers, is_closed, commit_held, locked,
-# all_adds_up; errors_logged; what holds for every test: nothing_else_goes_wrong, nothing_hangs,
-# only_news_wakes_a_feed
+# serve, service, process; closed, Disk, Reads, Pace, Connections; queued, in_flight, subscribers,
+# is_closed, commit_held, locked, all_adds_up; errors_logged; what holds for every test:
+# nothing_else_goes_wrong, nothing_hangs, only_news_wakes_a_feed
 
 
 async def until(condition: Callable[[], Any]) -> Any:
