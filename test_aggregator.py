@@ -8595,6 +8595,6 @@ async def test_the_image_asks_health_and_no_proxy(
     failing, other = services
     assert await asyncio.gather(check(failing.port), check(other.port)) == [0, 0]
     failing.db.unlink()
-    await health_becomes(failing, 503)
+    (await failing.publish(event())).detail(503)
     status, without_service = await asyncio.gather(check(failing.port), check(free_port()))
     assert (status, bool(without_service)) == (1, True)
