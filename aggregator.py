@@ -248,6 +248,8 @@ ENCODER = json.JSONEncoder(
 )
 FIELDS = ("topic", "event_id", "timestamp", "source", "payload")
 FIELDS_OF = itemgetter(*FIELDS)
+TOPIC_OF = itemgetter(FIELDS.index("topic"))  # of a row
+EVENT_ID_OF = itemgetter(FIELDS.index("event_id"))
 # Control characters and line separators could forge a line of the log. Lone surrogates are half
 # a character each, and cannot be written as UTF-8.
 NAME_RULE = re.compile(f"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{{1,{MAX_NAME_CHARACTERS}}}")
@@ -282,7 +284,7 @@ def validate(body: bytes, encode: Encode) -> Batch:
         text = encode(rows)
     except NOT_AN_EVENT:
         raise Refused(422, explain(parsed, rows, encode)) from None
-    return Batch(text, [each[0] for each in rows], [each[1] for each in rows])
+    return Batch(text, list(map(TOPIC_OF, rows)), list(map(EVENT_ID_OF, rows)))
 
 
 def parse(body: bytes) -> Parsed:
@@ -331,7 +333,7 @@ def is_nested_deeper(body: bytes, levels: int) -> bool:
     depth is counted before, without a stack: everything but the brackets outside of strings is
     cut away, and then each "[" counts 1 and each "]" counts -1.
     """
-    if body.count(b"[") + body.count(b"{") <= levels:
+    if len(body) <= levels or body.count(b"[") + body.count(b"{") <= levels:
         return False  # almost every body
     # Without backslashes before quotes, each quote left begins or ends a string.
     body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -853,8 +855,9 @@ class SqliteStore:
     def encode(rows: Sequence[Row]) -> bytes:
         """The rows as a JSON array without its brackets; raises ValueError."""
         text = ENCODER.encode(rows)[1:-1]
-        for character, escape in LINE_BREAKS.items():
-            text = text.replace(character, escape)
+        if not text.isascii():
+            for character, escape in LINE_BREAKS.items():
+                text = text.replace(character, escape)
         return text.encode()
 
     def commit(self, batches: Sequence[Batch]) -> Outcome:
@@ -1330,7 +1333,7 @@ class GroupCommit:
         self._store = store
         self._health = health
         self._queue: asyncio.Queue[Submission] = asyncio.Queue()
-        self._ready: queue.SimpleQueue[Validated | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[list[Validated] | None] = queue.SimpleQueue()
         self._writer_thread = ThreadPoolExecutor(1, "writer")
         self._watcher_thread = ThreadPoolExecutor(1, "watcher")
         self._submitted = 0  # requests; the event loop counts these
@@ -1365,18 +1368,14 @@ class GroupCommit:
         if not self.crashed.done():
             self.crashed.set_result(reason)
 
-    async def submit(self, body: bytes) -> Counts:
-        """Returns when the events of a body are on disk.
+    def submit(self, body: bytes) -> asyncio.Future[Counts | Refused]:
+        """Takes in a body. The future is resolved when its events are on disk.
 
-        Raises Refused: 422 if they are not good, 503 if they could not be stored.
+        Or with Refused: 422 if they are not good, 503 if they could not be stored.
         """
-        submission = Submission(body, self._loop.create_future())
-        del body  # let go as soon as it is validated
+        answer: asyncio.Future[Counts | Refused] = self._loop.create_future()
         self._submitted += 1
-        self._queue.put_nowait(submission)
-        answer = await submission.answer
-        if isinstance(answer, Refused):  # a result, and not an exception that the future raises
-            raise answer
+        self._queue.put_nowait(Submission(body, answer))
         return answer
 
     @property
@@ -1393,20 +1392,22 @@ class GroupCommit:
         """
         while True:
             submission = await self._queue.get()
-            good = self._validate(submission)
-            size = len(submission.body)
-            while size < MAX_GROUP_BYTES and not self._queue.empty():
-                submission = self._queue.get_nowait()
-                good += self._validate(submission)
+            good: list[Validated] = []
+            size = 0
+            while True:
+                self._validate(submission, good)
                 size += len(submission.body)
-            for request in good:  # only now, so that the writer finds all of them
-                self._ready.put(request)
+                if size >= MAX_GROUP_BYTES or self._queue.empty():
+                    break
+                submission = self._queue.get_nowait()
+            if good:
+                self._ready.put(good)
             del submission, good  # while the consumer waits, it holds no body
             if size >= MAX_GROUP_BYTES:
                 await asyncio.sleep(0)  # that took its time: let others have a turn
 
-    def _validate(self, submission: Submission) -> list[Validated]:
-        """One request for the writer. Or none: a body that is not good is answered at once."""
+    def _validate(self, submission: Submission, good: list[Validated]) -> None:
+        """Adds a request to the good ones. Or answers it at once, if its body is not good."""
         body, answer = submission
         self._queue.task_done()
         try:
@@ -1417,29 +1418,28 @@ class GroupCommit:
             log.exception("A fault of this program")
             self._resolve(answer, Refused(500, "Internal Server Error"))
         else:
-            return [Validated(batch, len(body), answer)]
+            good.append(Validated(batch, len(body), answer))
+            return
         self._submitted -= 1
-        return []
 
     def _write(self) -> None:
         """The writer, in its thread: commits all that is ready, until it is told to end."""
-        while (request := self._ready.get()) is not None:
-            self._commit(self._group(request))
-            del request  # while the writer waits, it holds no events
+        while (group := self._ready.get()) is not None:
+            self._add_ready(group)
+            self._taken += len(group)
+            self._commit(group)
+            del group  # while the writer waits, it holds no events
 
-    def _group(self, first: Validated) -> list[Validated]:
-        """In the writer's thread: a request and all that is ready by now, up to a size."""
-        group = [first]
-        size = first.size
+    def _add_ready(self, group: list[Validated]) -> None:
+        """In the writer's thread: adds all that is ready by now to a group, up to a size."""
+        size = sum(request.size for request in group)
         while size < MAX_GROUP_BYTES and not self._ready.empty():
-            request = self._ready.get()
-            if request is None:
+            more = self._ready.get()
+            if more is None:
                 self._ready.put(None)  # the end, after this group
                 break
-            group.append(request)
-            size += request.size
-        self._taken += len(group)
-        return group
+            group += more
+            size += sum(request.size for request in more)
 
     def _commit(self, group: list[Validated]) -> None:
         """In the writer's thread: stores a group, and has the event loop answer it."""
@@ -1474,8 +1474,9 @@ class GroupCommit:
         self._health.works(COMMITS)
         start = 0
         for request in group:
-            end = start + len(request.batch.topics)
-            self._resolve(request.answer, Counts(end - start, outcome.is_new.count(1, start, end)))
+            received = len(request.batch.topics)
+            end = start + received
+            self._resolve(request.answer, Counts(received, outcome.is_new.count(1, start, end)))
             start = end
         if len(outcome.is_new) > 0:  # else it was a probe
             self.seconds.observe(outcome.seconds)
@@ -1484,10 +1485,13 @@ class GroupCommit:
 
     def _announce(self, group: list[Validated], outcome: Outcome) -> None:
         """Tells the live feeds and the log about a group."""
-        topics = list(itertools.chain.from_iterable(each.batch.topics for each in group))
+        topics: list[str] = []
+        event_ids: list[str] = []
+        for request in group:
+            topics += request.batch.topics
+            event_ids += request.batch.event_ids
         if self._next_events and 1 in outcome.is_new:
             self._wake_feeds({None, *itertools.compress(topics, outcome.is_new)})
-        event_ids = itertools.chain.from_iterable(each.batch.event_ids for each in group)
         log_events(topics, event_ids, outcome.is_new)
 
     def _fail(self, group: list[Validated], reason: str, error: Exception | None) -> None:
@@ -1553,7 +1557,7 @@ class GroupCommit:
         """Tries a commit without events."""
         answer: asyncio.Future[Counts | Refused] = self._loop.create_future()
         self._submitted += 1
-        self._ready.put(Validated(EMPTY, 0, answer))
+        self._ready.put([Validated(EMPTY, 0, answer)])
         await answer
 
     def stop(self) -> None:
@@ -1578,7 +1582,7 @@ class GroupCommit:
         self._watcher_thread.shutdown()
 
 
-def log_events(topics: Sequence[str], event_ids: Iterator[str], is_new: bytearray) -> None:
+def log_events(topics: Sequence[str], event_ids: Sequence[str], is_new: bytearray) -> None:
     """Logs what became of each event: a record of many lines, since a record costs 6 µs."""
     if not log.isEnabledFor(logging.WARNING):
         return
@@ -1611,6 +1615,7 @@ READ_FORMS = {  # what a reader may ask for in Accept, and what it gets
 }
 WINDOW_BITS = {"": 0, "identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes
 JSON_UTF8 = JSON + "; charset=utf-8"
+ACCEPTED_HEADERS = {"Content-Type": JSON_UTF8}
 NO_STORE = {"Cache-Control": "no-store"}
 FEED_HEADERS = {
     "Cache-Control": "no-store, no-transform",  # some proxies hold back what they compress
@@ -1905,19 +1910,19 @@ class Api:
         """POST /publish: answers when the events of the request are on disk."""
         check_content_type(request)
         bits = window_bits(request)
-        if (request.content_length or 0) > self._settings.max_body_bytes:
-            raise self._too_large()
         if self._commits.is_stopping:
             raise unavailable("The service is stopping")
         with Share(self._admission) as share:
-            counts = await self._commits.submit(await self._read_body(request, bits, share))
-        received, unique = counts
+            answer = await self._commits.submit(await self._read_body(request, bits, share))
+        if isinstance(answer, Refused):
+            raise answer
+        received, unique = answer
         text = (
             f'{{"received": {received}, "unique_processed": {unique}, '
             f'"duplicate_dropped": {received - unique}, '
             f'"message": "Received {received} event(s) for processing"}}'
         )
-        return web.Response(status=202, text=text, content_type="application/json")
+        return web.Response(status=202, body=text.encode(), headers=ACCEPTED_HEADERS)
 
     def _too_large(self) -> Refused:
         """The answer to a body above the limit."""
@@ -1930,6 +1935,8 @@ class Api:
             if request.content.is_eof():  # it came together with the headers
                 body = request.content.read_nowait()
                 share.grow(len(body))
+            elif (request.content_length or 0) > most:
+                raise self._too_large()
             else:
                 body = await self._receive(request.content, share)
         except (web.RequestPayloadError, HttpProcessingError, ConnectionError):
