@@ -31,7 +31,7 @@ What a crash leaves, and what the publisher does then:
 The publisher cannot tell the first two apart, and need not. That is the whole idea.
 
 To learn that idea, read Validation, the first half of Store (to SqliteStore.commit), and Group
-commit. The rest keeps the service well: limits, checkpoints, feeds, the command line.
+commit. The rest is for daily operation: limits, checkpoints, feeds, the command line.
 
 `python aggregator.py` runs it, and `python aggregator.py --help` lists the settings.
 """
@@ -44,8 +44,8 @@ import signal
 # Process 1 of a container ignores a signal that it has no handler for. The other imports take
 # 0.2 s, so there is a handler before them.
 if __name__ == "__main__":
-    for early in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(early, lambda number, frame: os._exit(0))
+    for early_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(early_signal, lambda number, frame: os._exit(0))
 
 import argparse
 import asyncio
@@ -143,15 +143,14 @@ MAX_NESTING = 500  # levels of JSON: far below what overflows the smallest stack
 MAX_ERRORS = 100  # listed for one request: enough to find the mistake
 MAX_INTEGER = 2**63 - 1  # SQLite's and PostgreSQL's
 
-MAX_GROUP_BYTES = MIB // 2  # of bodies in a commit: more make it longer, but hardly cheaper
+MAX_GROUP_BYTES = MIB // 2  # of bodies in a commit: a larger one is longer, and hardly cheaper
 BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refused
 OPEN_SECONDS = 10.0  # the same at the start, when several processes may be making the file
 WATCH_SECONDS = 1.0  # between two looks for commits of other processes, and between two probes
-PROBE_BYTES = 64 * 1024  # at least; on a nearly full disk, small commits work and large ones fail
+PROBE_BYTES = 64 * 1024  # at least, in a probe: a nearly full disk has room for small commits only
 CHECKPOINT_PAGES = 32_000  # 128 MB of log: a page that many groups changed is moved only once
-CHECKPOINT_REST_PAGES = 1_000  # left for the writer to move, between two commits: some 5 ms
 CHECKPOINT_RETRY_PAGES = CHECKPOINT_PAGES // 4  # the log may grow by so many until the next try
-CHECKPOINT_ROUNDS = 5  # while the writer goes on writing, each round leaves less than the last
+CHECKPOINT_ROUNDS = 2  # the first takes 0.1 s, so the second has little to move, and leaves less
 WARN_WAL_BYTES = (
     1_000_000_000  # so long a write-ahead log means that something keeps it from being reused
 )
@@ -160,9 +159,9 @@ PAGE_EVENTS = 500  # read at a time: some 2 ms of work
 PAGE_BYTES = 64 * 1024  # of whole events read at a time, or one event if it is larger
 TOPIC_BYTES = 2_200  # a topic with its counters, at most
 READERS_BYTES = 32 * MIB  # pages in memory for all readers together
-READERS_SHARES = 64  # a page may take 1/64 of the room that is left
+PAGES_IN_ROOM = 64  # a page may take 1/64 of the room that is left
 READER_SECONDS = 60.0  # for a reader to take a piece of its answer: after it, it is let go
-STUCK_SECONDS = 5.0  # the same, while others wait for the room that it takes
+STUCK_SECONDS = 5.0  # for the same, while others wait for the room that it takes
 ROOM_SECONDS = 1.0  # between two looks whether there is room again
 WRITE_BYTES = 64 * 1024  # of an answer that are handed to the connection at a time
 FEED_PAGE_SECONDS = 0.002  # for each page of all live feeds together: publishing comes first
@@ -170,7 +169,7 @@ HEARTBEAT_SECONDS = 15.0  # of silence on a live feed: proxies hang up after 30 
 RETRY_MS = 1_000  # a subscriber that lost its feed waits so long before it comes back
 
 BODY_SECONDS = 30.0  # for a body to arrive
-SLOW_SECONDS = 1.0  # a body that takes longer, and hardly moves, must go where room is short
+SLOW_SECONDS = 1.0  # a body that takes longer, and hardly moves, is refused if room is short
 SLOW_BYTES_PER_SECOND = 10_000  # this is what "hardly moves" means
 KEEPALIVE_SECONDS = 30.0  # for a connection to begin a request and to finish its headers
 SHUTDOWN_SECONDS = 1.0  # for answers under way; aiohttp waits it twice, docker stop gives 10 s
@@ -181,8 +180,9 @@ LOG_QUEUE_BYTES = 4 * MIB  # of lines that wait to be written; what is beyond th
 STOP_SECONDS = 9  # to stop in; what hangs then, hangs for good, and docker stop gives 10 s
 LOG_SECONDS = 0.05  # for lines of the log to gather before they are written
 LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
-# Garbage is looked for after so many new objects. Python's default is 700, and the events of one
-# batch are more: p99 of single posts was 45 ms with it, and is 30 ms with this.
+# Garbage is looked for after so many new objects. Up to Python 3.12 the default is 700, and the
+# events of one batch are more: p99 of single posts was 45 ms with it, and is 30 ms with this. The
+# two others, for older objects, matter little here.
 GC_THRESHOLD = (10_000, 20, 50)
 GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
 
@@ -191,15 +191,16 @@ GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's d
 # From the bytes of a body to a batch that can be stored, or to the list of all that is wrong. Pure
 # functions, no I/O.
 #
-# There is one judge: `row` looks at the fields of an event, and the store's `encode` at what is
-# inside of its payload. Good events pass once through both. When one of them refuses, `explain`
-# asks the same judge again, field by field: so the two cannot disagree on which field is bad.
+# There is one judge: `checked_row` looks at the fields of an event, and the store's `encode` at
+# what is inside of its payload. Good events pass once through both. When one of them refuses,
+# `explain` asks the same judge again, field by field: so the two cannot disagree on which field is
+# bad.
 #
 # What is stored is not the client's text but what Python understood of it, encoded anew. Parsers
 # differ: SQLite reads duplicated keys and NUL characters in another way than Python does.
 
 Loc = list[str | int]  # where an error is: ["body", "events", 3, "topic"]
-Entry = dict[str, Any]  # one error of a 422, in pydantic's vocabulary, as FastAPI's clients know it
+ErrorEntry = dict[str, Any]  # one error of a 422, in pydantic's vocabulary, as FastAPI has it
 # A plain tuple, and not one with names: making those would cost a tenth of publishing a batch.
 Row = tuple[str, str, str, str, dict[str, Any]]  # topic, event_id, timestamp, source, payload
 Encode = Callable[[Sequence[Row]], bytes]  # a store's; raises ValueError
@@ -209,7 +210,7 @@ class Refused(Exception):
     """A request that is answered with an error: the HTTP status, the detail, more headers."""
 
     def __init__(
-        self, status: int, detail: str | list[Entry], headers: Mapping[str, str] | None = None
+        self, status: int, detail: str | list[ErrorEntry], headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(status, detail)
         self.status = status
@@ -261,11 +262,11 @@ TIMESTAMP = re.compile(
     r"(?::(?P<second>[0-5][0-9]|60)(?:[.,][0-9]{1,9})?)?"
     r"(?:[Zz]|(?P<sign>[+-])(?P<hours>[01][0-9]|2[0-3])(?::?(?P<minutes>[0-5][0-9]))?)?"
 )
-# What `row` and `encode` raise: a field that is not there, an event that is no object, a name that
-# is no string, a rule that is broken.
+# What `checked_row` and `encode` raise: a field that is not there, an event that is no object, a
+# name that is no string, a rule that is broken.
 NOT_AN_EVENT = (KeyError, TypeError, AttributeError, ValueError)
 # A good event. With one field taken from a bad event, it tells whether that field is to blame.
-GOOD = {
+GOOD_EVENT = {
     "topic": "t",
     "event_id": "1",
     "timestamp": "2025-10-24T10:30:00Z",
@@ -280,7 +281,7 @@ def validate(body: bytes, encode: Encode) -> Batch:
     rows: list[Row] = []
     try:
         for event in parsed.events:
-            rows.append(row(event))
+            rows.append(checked_row(event))
         text = encode(rows)
     except NOT_AN_EVENT:
         raise Refused(422, explain(parsed, rows, encode)) from None
@@ -290,7 +291,7 @@ def validate(body: bytes, encode: Encode) -> Batch:
 def parse(body: bytes) -> Parsed:
     """The events of a body: one event, an object with `events`, or an array; raises Refused."""
     if not body:
-        raise Refused(422, [entry(["body"], "missing", "Field required")])
+        raise Refused(422, [error_entry(["body"], "missing", "Field required")])
     if is_nested_deeper(body, MAX_NESTING):
         raise not_json("nested too deeply")
     try:
@@ -313,17 +314,17 @@ def parse(body: bytes) -> Parsed:
 def parsed_list(events: Any, loc: Loc) -> Parsed:
     """The events of a list that has some; raises Refused."""
     if type(events) is not list:
-        raise Refused(422, [entry(loc, "list_type", "Input should be a valid list")])
+        raise Refused(422, [error_entry(loc, "list_type", "Input should be a valid list")])
     if not events:
         why = "List should have at least 1 item after validation, not 0"
         ctx = {"field_type": "List", "min_length": 1, "actual_length": 0}
-        raise Refused(422, [entry(loc, "too_short", why, ctx)])
+        raise Refused(422, [error_entry(loc, "too_short", why, ctx)])
     return Parsed(events, loc, is_list=True)
 
 
 BRACKETS = bytes.maketrans(b"{}", b"[]")
 NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
-MIDDLE = (ord("[") + ord("]")) // 2  # 92: less 91 it is 1, less 93 it is -1
+MIDDLE = (ord("[") + ord("]")) // 2  # MIDDLE - "[" is 92 - 91 = 1; MIDDLE - "]" is 92 - 93 = -1
 
 
 def is_nested_deeper(body: bytes, levels: int) -> bool:
@@ -344,8 +345,8 @@ def is_nested_deeper(body: bytes, levels: int) -> bool:
     return max(itertools.accumulate(steps), default=0) > levels
 
 
-def row(event: Any) -> Row:
-    """The event as it will be stored; raises one of NOT_AN_EVENT.
+def checked_row(event: Any) -> Row:
+    """Checks an event, and returns it as it will be stored; raises one of NOT_AN_EVENT.
 
     Only `encode` looks inside of the payload.
     """
@@ -387,16 +388,16 @@ def is_leap_minute(day: date, match: re.Match[str]) -> bool:
     return (following.day, following.hour, following.minute) == (1, 0, 0)
 
 
-def explain(parsed: Parsed, good: list[Row], encode: Encode) -> list[Entry]:
+def explain(parsed: Parsed, rows: list[Row], encode: Encode) -> list[ErrorEntry]:
     """All that is wrong with the events, in their order, at most MAX_ERRORS.
 
-    `good` are the rows before the event at which validation stopped. If there is no such event,
-    or one of them cannot be encoded, then the first error may be in any event.
+    `rows` were made before `checked_row` refused an event. If all of them can be encoded, then the
+    first error is in that event. If not, or if no event was refused, it can be in any.
     """
-    is_known = len(good) < len(parsed.events) and can_encode(good, encode)
-    errors: list[Entry] = []
-    for index in range(len(good) if is_known else 0, len(parsed.events)):
-        errors += errors_of(parsed.events[index], parsed.loc_of(index), encode)
+    is_first_known = len(rows) < len(parsed.events) and can_encode(rows, encode)
+    errors: list[ErrorEntry] = []
+    for index in range(len(rows) if is_first_known else 0, len(parsed.events)):
+        errors += event_errors(parsed.events[index], parsed.loc_of(index), encode)
         if len(errors) >= MAX_ERRORS:
             break
     return errors[:MAX_ERRORS]
@@ -412,95 +413,98 @@ def can_encode(rows: list[Row], encode: Encode) -> bool:
 
 
 def is_good(event: Any, encode: Encode) -> bool:
-    """What the judge says of one event."""
+    """Whether an event passes both `checked_row` and `encode`."""
     try:
-        encode([row(event)])
+        encode([checked_row(event)])
     except NOT_AN_EVENT:
         return False
     return True
 
 
-def errors_of(event: Any, loc: Loc, encode: Encode) -> Iterator[Entry]:
+def event_errors(event: Any, loc: Loc, encode: Encode) -> Iterator[ErrorEntry]:
     """All that is wrong with one event, its fields in order."""
     if type(event) is not dict:
         why = "Input should be a valid dictionary or object to extract fields from"
-        yield entry(loc, "model_attributes_type", why)
+        yield error_entry(loc, "model_attributes_type", why)
     elif not is_good(event, encode):
         for name in FIELDS:
             if name not in event:
-                yield entry([*loc, name], "missing", "Field required")
-            elif not is_good(GOOD | {name: event[name]}, encode):
-                yield fault(name, event[name], [*loc, name])
+                yield error_entry([*loc, name], "missing", "Field required")
+            elif not is_good(GOOD_EVENT | {name: event[name]}, encode):
+                yield field_error(name, event[name], [*loc, name])
 
 
-def fault(name: str, value: Any, loc: Loc) -> Entry:
+def field_error(name: str, value: Any, loc: Loc) -> ErrorEntry:
     """What is wrong with a field, as the judge has refused it."""
     if name == "payload":
-        return payload_fault(value, loc)
+        return payload_error(value, loc)
     if name == "timestamp":
-        return timestamp_fault(value, loc)
+        return timestamp_error(value, loc)
     if type(value) is not str:
-        return entry(loc, "string_type", "Input should be a valid string")
+        return error_entry(loc, "string_type", "Input should be a valid string")
     if not value:
         why = "String should have at least 1 character"
-        return entry(loc, "string_too_short", why, {"min_length": 1})
+        return error_entry(loc, "string_too_short", why, {"min_length": 1})
     text = value.strip()
     if not text:
         why = "Value error, Field cannot be empty or whitespace only"
-        return entry(loc, "value_error", why)
+        return error_entry(loc, "value_error", why)
     if len(text) > MAX_NAME_CHARACTERS:
         why = f"String should have at most {MAX_NAME_CHARACTERS} characters"
-        return entry(loc, "string_too_long", why, {"max_length": MAX_NAME_CHARACTERS})
+        return error_entry(loc, "string_too_long", why, {"max_length": MAX_NAME_CHARACTERS})
     if SURROGATE.search(text):
         return not_unicode(loc)
     why = "Value error, Field cannot contain control characters or line separators"
-    return entry(loc, "value_error", why)
+    return error_entry(loc, "value_error", why)
 
 
-def timestamp_fault(value: Any, loc: Loc) -> Entry:
+def timestamp_error(value: Any, loc: Loc) -> ErrorEntry:
     """What is wrong with a timestamp."""
     if type(value) is not str:
-        return entry(loc, "datetime_type", "Input should be a valid datetime")
+        return error_entry(loc, "datetime_type", "Input should be a valid datetime")
     try:
         check_timestamp(value)
     except ValueError as why:
-        return entry(loc, "datetime_parsing", f"Input should be a valid datetime, {why}")
+        return error_entry(loc, "datetime_parsing", f"Input should be a valid datetime, {why}")
     raise AssertionError("a timestamp that is good was asked about")
 
 
-def payload_fault(value: Any, loc: Loc) -> Entry:
+def payload_error(value: Any, loc: Loc) -> ErrorEntry:
     """What is wrong with a payload."""
     if type(value) is not dict:
-        return entry(loc, "dict_type", "Input should be a valid dictionary")
+        return error_entry(loc, "dict_type", "Input should be a valid dictionary")
     if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         return not_unicode(loc)
     # All that is left is a number such as 1e400, which Python reads as infinity.
-    return entry(loc, "finite_number", "Input should be a finite number")
+    return error_entry(loc, "finite_number", "Input should be a finite number")
 
 
-def not_unicode(loc: Loc) -> Entry:
+def not_unicode(loc: Loc) -> ErrorEntry:
     """The error of a text with a lone surrogate in it."""
     why = "Input should be a valid string, unable to parse raw data as a unicode string"
-    return entry(loc, "string_unicode", why)
+    return error_entry(loc, "string_unicode", why)
 
 
 def not_json(why: str, position: int | None = None) -> Refused:
-    """The answer to a body that is no JSON, with the position where that is known."""
+    """The answer to a body that is no JSON, with the position where that is known.
+
+    The position counts characters, or bytes where the body is not even text.
+    """
     loc: Loc = ["body"] if position is None else ["body", position]
-    return Refused(422, [entry(loc, "json_invalid", "JSON decode error", {"error": why})])
+    return Refused(422, [error_entry(loc, "json_invalid", "JSON decode error", {"error": why})])
 
 
-def entry(loc: Loc, kind: str, message: str, ctx: dict[str, Any] | None = None) -> Entry:
+def error_entry(loc: Loc, kind: str, message: str, ctx: dict[str, Any] | None = None) -> ErrorEntry:
     """One error of a 422."""
-    error: Entry = {"type": kind, "loc": loc, "msg": message}
+    error: ErrorEntry = {"type": kind, "loc": loc, "msg": message}
     if ctx is not None:
         error["ctx"] = ctx
     return error
 
 
 # --- Store -----------------------------------------------------------------------------------
-# The database, behind a door: nobody else knows SQL, sqlite3, or what a row looks like. It knows
-# nothing of HTTP and of asyncio; its methods block, and the sections below decide which thread
+# The database, behind a door: nobody else knows SQL, or how a row is stored. It knows nothing of
+# HTTP and of asyncio; its methods block, and the sections below decide which thread
 # calls what. A second store, on PostgreSQL, is behind the same door in postgres.py.
 
 JSON = "application/json"  # events with commas between them
@@ -512,7 +516,7 @@ class Outcome(NamedTuple):
     """What became of a group."""
 
     is_new: bytearray  # for each event, in order: 1 if it was new, 0 if it was a duplicate
-    seconds: float  # that the commit took
+    seconds: float  # that the commit took, with its share of a checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -593,7 +597,7 @@ class Store(Protocol):
         """
 
     def position(self, topic: str | None, tail: int) -> int:
-        """The sequence number after which the newest `tail` events are."""
+        """The position just before the newest `tail` events; `last_seq` where there are none."""
 
     def find(self, topic: str, event_id: str) -> int | None:
         """The sequence number of the event with this identity."""
@@ -618,7 +622,7 @@ class Store(Protocol):
     # --- in any thread ---
 
     def wake(self) -> None:
-        """Lets `changed` return soon, for the last time."""
+        """Lets `changed` return soon; at the stop."""
 
     def close(self) -> None:
         """Closes the database, when no other method is running any more."""
@@ -690,7 +694,8 @@ GROUP_TRIGGER = """
     INSERT INTO outcome DEFAULT VALUES;
     CREATE TEMP VIEW arrivals AS SELECT NULL AS rows, NULL AS topics;
     CREATE TEMP TRIGGER commit_group INSTEAD OF INSERT ON arrivals BEGIN
-        -- 1. Count: each event is a duplicate until it is stored.
+        -- 1. Count: each event is a duplicate until it is stored. NEW.topics has the number of
+        -- events of each topic, and of all together under the empty name.
         INSERT INTO topics (name, received, duplicates)
         SELECT key, value, value FROM json_each(NEW.topics) WHERE true
         ON CONFLICT (name) DO UPDATE SET received = received + excluded.received,
@@ -703,8 +708,8 @@ GROUP_TRIGGER = """
         FROM outcome, json_each(NEW.rows) WHERE true
         -- With no target named, a clash of seq would pass for a duplicate, and lose an event.
         ON CONFLICT (topic_id, event_id) DO NOTHING;
-        -- 3. Those that are there now were new. (The + keeps SQLite from using the topic's index,
-        -- which it would walk along from end to end.)
+        -- 3. What has a seq from `first` on is new: it was no duplicate. (The + keeps SQLite from
+        -- using the topic's index, which it would walk along from end to end.)
         UPDATE topics SET duplicates = duplicates - stored
         FROM (SELECT topic_id, count(*) AS stored FROM events
               WHERE seq >= (SELECT first FROM outcome) GROUP BY +topic_id)
@@ -747,13 +752,13 @@ EVENT = """
 # A page goes from event to event until it is full, so that it holds many small events or few large
 # ones. A mere LIMIT could hold 500 events of 4 MB.
 PAGE = """
-    WITH RECURSIVE page (number, seq, bytes, item) AS (
+    WITH RECURSIVE page (number, seq, bytes_before, item) AS (
         SELECT 0, :after, 0, NULL
         UNION ALL
-        SELECT number + 1, events.seq, bytes + ifnull(length(CAST(item AS BLOB)), 0), {item}
+        SELECT number + 1, events.seq, bytes_before + ifnull(length(CAST(item AS BLOB)), 0), {item}
         FROM page JOIN events ON events.seq = ({next})
         WHERE number < :limit AND events.seq <= :upto
-          AND bytes + ifnull(length(CAST(item AS BLOB)), 0) < :most_bytes
+          AND bytes_before + ifnull(length(CAST(item AS BLOB)), 0) < :most_bytes
     )
     SELECT max(number), max(seq), CAST(group_concat(item, '{separator}') AS BLOB) FROM page
 """
@@ -793,18 +798,18 @@ class SqliteStore:
         self.location = os.path.realpath(path)
         self._wal_path = self.location + "-wal"
         self._connections: list[sqlite3.Connection] = []
+        self._probe_bytes = PROBE_BYTES  # more than the largest group that has failed
+        # Two threads change the next three, the writer's and the watcher's. The worst that a race
+        # between them can do is to wake the live feeds for nothing.
         self._gone = ""  # why the file is not ours any more: then nothing is stored until a restart
-        # Two threads, the writer's and the watcher's, change these. The worst that a race between
-        # them can do is to wake the live feeds for nothing.
         self._known_seq = 0  # the highest seq that this process knows of
         self._others_stored = False  # another process has, since `changed` last looked
-        self._probe_bytes = PROBE_BYTES  # as many as the largest group that has failed
         self._closing = threading.Event()
         try:
             check_sqlite_version()
-            check_is_file(path)
+            check_path(path)
             make_folder(os.path.dirname(self.location))
-            check_is_ours(self.location)
+            check_owner(self.location)
             self._open()
         except (OSError, RuntimeError, ValueError, sqlite3.Error, StoreError, Unavailable) as why:
             self._close_connections()
@@ -821,7 +826,7 @@ class SqliteStore:
         self._watcher = self._connect()
         self._watcher.execute("PRAGMA query_only = ON")
         (self._known_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
-        self._checkpoints = Checkpoints(self._connect(), self._wal_path)
+        self._checkpoints = Checkpoints(self._connect(), self.location, self._wal_path)
         for connection in self._connections:
             connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
 
@@ -843,7 +848,7 @@ class SqliteStore:
                 time.sleep(0.02)
 
     def _connect(self) -> sqlite3.Connection:
-        """A connection without transactions of its own making, for any one thread at a time."""
+        """A connection in autocommit mode. Any thread may use it, but one at a time."""
         connection = sqlite3.connect(
             self.location, timeout=OPEN_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -878,7 +883,7 @@ class SqliteStore:
                 first, positions = self._writer.execute(GROUP_OUTCOME).fetchone()
                 for position in json.loads(positions):
                     is_new[position] = 1
-                self._notice(first, is_new)
+                self._update_known_seq(first, is_new)
             else:
                 self._writer.execute(PROBE, [self._probe_bytes])
                 self._writer.execute(CLEAR_PROBE)
@@ -886,17 +891,17 @@ class SqliteStore:
             self._probe_bytes = max(self._probe_bytes, PROBE_BYTES + sum(map(len, texts)))
             raise store_error(why) from why
         self._probe_bytes = PROBE_BYTES
-        self._check_file()  # after the commit: what went into a file that is gone is not stored
+        self._check_not_replaced()  # only now: what went into a file that is gone is not stored
         self._checkpoints.begin_if_due()
         return Outcome(is_new, time.perf_counter() - started)
 
-    def _notice(self, first: int, is_new: bytearray) -> None:
+    def _update_known_seq(self, first: int, is_new: bytearray) -> None:
         """Remembers where the events end, and whether others have stored some in between."""
         if first > self._known_seq + 1:
             self._others_stored = True
         self._known_seq = first + is_new.rfind(1)  # rfind: the last new one, -1 if there is none
 
-    def _check_file(self) -> None:
+    def _check_not_replaced(self) -> None:
         """Raises Unavailable if the database or what belongs to it is not at its place any more."""
         for ending, known in self._file_ids.items():
             if not self._gone and file_id(self.location + ending) != known:
@@ -959,7 +964,7 @@ class SqliteStore:
     def changed(self) -> Collection[str] | None:
         """Looks once a second whether another process has stored events."""
         self._closing.wait(WATCH_SECONDS)
-        self._check_file()
+        self._check_not_replaced()
         try:
             (last_seq,) = self._watcher.execute(LAST_SEQ).fetchone()
         except sqlite3.Error as why:
@@ -976,8 +981,9 @@ class SqliteStore:
 
     def close(self) -> None:
         """Closes the file; the last connection to go moves the log into it and removes the log."""
-        self._checkpoints.close()
+        self._checkpoints.end()
         self._close_connections()
+        self._checkpoints.close()
 
     def _close_connections(self) -> None:
         """Closes what was opened, the writer last."""
@@ -997,17 +1003,18 @@ class Checkpoints:
     """Moves the log into the database while the writer goes on, in a thread of its own.
 
     SQLite would do it in the commit that happens to pass a mark, and everybody would wait for 0.1
-    to 0.2 s. Here a connection of its own moves what it can, again and again, until little is
-    left. The writer moves the rest between two commits: only when everything is moved does the
-    log start anew from its beginning.
+    to 0.2 s. Here a connection of its own moves pages into the database file, and has them written
+    to the disk, while the writer goes on. The writer moves the rest between two commits: only when
+    everything is moved and on the disk does the log start anew from its beginning.
 
     Nothing here can lose an event. If a checkpoint fails, or another program's open transaction
     holds it up, then the log grows, and that is all.
     """
 
-    def __init__(self, connection: sqlite3.Connection, wal_path: str) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: str, wal_path: str) -> None:
         self.failed = 0
         self._connection = connection
+        self._database = io.FileIO(path, "r+")  # Windows flushes only what can be written
         self._wal = io.FileIO(wal_path)
         (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
         self._frame_bytes = FRAME_HEADER_BYTES + page_bytes
@@ -1055,40 +1062,54 @@ class Checkpoints:
             self._is_due.wait()
             if self._is_closing:
                 return
-            rest: int | None = 0
             for _ in range(CHECKPOINT_ROUNDS):
-                rest = self._move(self._connection)
-                if rest is None or rest <= CHECKPOINT_REST_PAGES:
+                is_moved = self._move(self._connection) is not None and self._flush()
+                if not is_moved:
                     break
-            self._is_last_step = rest is not None
+            self._is_last_step = is_moved
             self._is_due.clear()
-            if self._is_closing:  # `close` may have set the event just before it was cleared
+            if self._is_closing:  # `end` may have set the event just before it was cleared
                 return
 
     def _move(self, connection: sqlite3.Connection) -> int | None:
-        """Moves what nobody needs in the log; returns how many pages are left, None if it failed.
+        """Moves what nobody needs in the log, and returns how many pages are left.
 
-        It sets the next mark, so that a checkpoint that is held up is not tried at each commit.
+        None if it failed, or if another process is doing it. It sets the next mark, so that a
+        checkpoint that is held up is not tried at each commit.
         """
         try:
             is_busy, pages, moved = connection.execute(CHECKPOINT).fetchone()
         except sqlite3.Error as why:
-            if not self._is_closing:
-                self._fail(why)
+            self._fail(str(why))
             return None
         if is_busy:  # another process is at it
             self._due_pages += CHECKPOINT_RETRY_PAGES
-            return 0
+            return None
         self._due_pages = max(CHECKPOINT_PAGES, pages + CHECKPOINT_RETRY_PAGES)
         self._warn(pages)
         return int(pages - moved)
 
-    def _fail(self, why: sqlite3.Error) -> None:
+    def _flush(self) -> bool:
+        """Has the moved pages written to the disk; returns whether that worked.
+
+        SQLite does this only when everything is moved: in the last step, where the writer, and
+        everybody with it, would wait for all of them.
+        """
+        try:
+            os.fsync(self._database.fileno())
+        except OSError as why:
+            self._fail(str(why.strerror))
+            return False
+        return True
+
+    def _fail(self, reason: str) -> None:
         """Counts a checkpoint that failed, and says it once."""
+        if self._is_closing:
+            return
         self.failed += 1
         self._due_pages += CHECKPOINT_RETRY_PAGES
         if not self._is_failing:
-            log.error("Checkpoints fail, so the write-ahead log grows: %s", why)
+            log.error("Checkpoints fail, so the write-ahead log grows: %s", reason)
         self._is_failing = True
 
     def _warn(self, pages: int) -> None:
@@ -1100,13 +1121,21 @@ class Checkpoints:
             log.warning("The write-ahead log has grown to %.1f GB: %s", size, why)
         self._is_warned = is_long
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Ends the thread, also in the middle of a checkpoint."""
         self._is_closing = True
         self._is_due.set()
         self._connection.interrupt()
         self._thread.join()
-        self._wal.close()
+        self._wal.close()  # the last connection removes it, and on Windows no open file can be
+
+    def close(self) -> None:
+        """Closes the database file, when all connections are closed.
+
+        A POSIX system gives up all locks of a process on a file when the process closes any
+        descriptor of it: https://www.sqlite.org/howtocorrupt.html, section 2.2.
+        """
+        self._database.close()
 
 
 def check_sqlite_version() -> None:
@@ -1115,7 +1144,7 @@ def check_sqlite_version() -> None:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is older than 3.38; use a newer Python")
 
 
-def check_is_file(path: str) -> None:
+def check_path(path: str) -> None:
     """Raises StoreError if no database file can be there."""
     if path == ":memory:":
         raise StoreError("it would be in memory only; name a file")
@@ -1153,7 +1182,7 @@ def make_folder(path: str) -> None:
             os.close(descriptor)
 
 
-def check_is_ours(path: str) -> None:
+def check_owner(path: str) -> None:
     """Raises StoreError if the file is there and belongs to another program.
 
     It only reads, so a file that is not ours stays as it is.
@@ -1204,7 +1233,7 @@ def size_of(path: str) -> int:
 
 
 def store_error(why: sqlite3.Error) -> Unavailable | Unstorable:
-    """What a failed commit means. SQLite's messages name no paths."""
+    """What a failed commit means. SQLite's messages name no paths, so clients may see them."""
     is_too_big = getattr(why, "sqlite_errorcode", 0) == sqlite3.SQLITE_TOOBIG
     if is_too_big or str(why) == "malformed JSON":
         return Unstorable(str(why))
@@ -1228,8 +1257,8 @@ def open_store(db: str) -> Store:
 
 
 # --- Group commit ----------------------------------------------------------------------------
-# Queue, consumer, writer, futures. An fsync takes a disk a third of a millisecond to ten. One for
-# each request would allow 100 to 3,000 requests a second. So the writer commits all requests that
+# Queue, consumer, writer, futures. An fsync takes 0.3 to 10 ms. One for each request would allow
+# 100 to 3,000 requests a second. So the writer commits all requests that
 # are ready as one group. While it waits for the disk, the next group gathers: groups grow with the
 # load by themselves. There is no timer, and a lone request waits for nobody.
 # PostgreSQL, MySQL and Kafka's brokers do the same.
@@ -1281,31 +1310,43 @@ class Histogram:
         self.sum += value
 
 
+COMMITS = "Commits"  # what can fail, in the words of the log: "Commits fail: …"
+READS = "Reads"
+CHECKS = "Checks of the database"
+
+
 class Health:
     """What fails now. The log says it when that begins and when it ends, and not at each request."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}  # what fails - why
-        self._told: dict[str, float] = {}  # a line of the log - when it was written
+        self._said: dict[str, str] = {}  # what has failed - the last line about it
+        self._written_at: dict[str, float] = {}  # a line - when it was written last
 
     def fails(self, what: str, reason: str, error: BaseException | None = None) -> None:
         """Notes that something fails; `error` is one that nobody expected, for its traceback."""
-        if self._reasons.get(what) != reason:
-            self._tell(logging.ERROR, f"{what} fail: {reason}", error)
         self._reasons[what] = reason
+        self._say(what, logging.ERROR, f"{what} fail: {reason}", error)
 
     def works(self, what: str) -> None:
         """Notes that something works."""
-        if what in self._reasons:
-            del self._reasons[what]
-            self._tell(logging.WARNING, f"{what} work again")
+        self._reasons.pop(what, None)
+        if what in self._said:
+            self._say(what, logging.WARNING, f"{what} work again")
 
-    def _tell(self, level: int, line: str, error: BaseException | None = None) -> None:
-        """Logs a line at most once a minute: on a nearly full disk, commits fail and work in turn."""
+    def _say(self, what: str, level: int, line: str, error: BaseException | None = None) -> None:
+        """Logs a line that is not said yet, but none more than once a minute.
+
+        On a nearly full disk, commits fail and work in turn. A line that comes too early is left
+        out; what fails or works for longer calls this again.
+        """
         now = time.monotonic()
-        if now - self._told.get(line, -math.inf) > COMPLAINT_SECONDS:
-            self._told[line] = now
-            log.log(level, "%s", line, exc_info=error)
+        is_early = now - self._written_at.get(line, -math.inf) < COMPLAINT_SECONDS
+        if is_early or self._said.get(what) == line:
+            return
+        self._said[what] = line
+        self._written_at[line] = now
+        log.log(level, "%s", line, exc_info=error)
 
     def reason(self, what: str) -> str | None:
         """Why this fails; None if it works."""
@@ -1318,17 +1359,16 @@ class Health:
 
 
 EMPTY = Batch(b"", [], [])  # of a probe
-COMMITS = "Commits"  # what Health knows of
-READS = "Reads"
-NEWS = "Checks of the database"
 
 
 class GroupCommit:
     """Takes in the bodies of requests one by one, and commits them in groups."""
 
     def __init__(self, store: Store, health: Health) -> None:
-        self.seconds = Histogram(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-        self.events = Histogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+        self.commit_seconds = Histogram(
+            0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1
+        )
+        self.group_events = Histogram(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
         self.is_stopping = False
         self._store = store
         self._health = health
@@ -1336,8 +1376,8 @@ class GroupCommit:
         self._ready: queue.SimpleQueue[list[Validated] | None] = queue.SimpleQueue()
         self._writer_thread = ThreadPoolExecutor(1, "writer")
         self._watcher_thread = ThreadPoolExecutor(1, "watcher")
-        self._submitted = 0  # requests; the event loop counts these
-        self._taken = 0  # requests; the writer counts these
+        self._submitted = 0  # requests without the refused ones; the event loop counts these
+        self._taken = 0  # those that the writer has taken; it counts these
         # What live feeds wait for, by topic (None: any). Weak: it is gone with the last one.
         self._next_events: weakref.WeakValueDictionary[str | None, asyncio.Future[None]] = (
             weakref.WeakValueDictionary()
@@ -1352,10 +1392,10 @@ class GroupCommit:
         self._consumer = asyncio.create_task(self._consume(), name="consumer")
         self._watcher = asyncio.create_task(self._watch(), name="watcher")
         for worker in (self._writer, self._consumer, self._watcher):
-            worker.add_done_callback(self._notice_end)
+            worker.add_done_callback(self._handle_end)
 
-    def _notice_end(self, worker: asyncio.Future[None]) -> None:
-        """No worker ends before the stop. If one does, the process must not go on without it."""
+    def _handle_end(self, worker: asyncio.Future[None]) -> None:
+        """A worker ends at the stop. If one ends earlier, the process must not go on without it."""
         if self.is_stopping:
             return
         why = None if worker.cancelled() else worker.exception()
@@ -1364,7 +1404,7 @@ class GroupCommit:
         self.crash(reason)
 
     def crash(self, reason: str) -> None:
-        """Has the process stop."""
+        """Makes the process stop."""
         if not self.crashed.done():
             self.crashed.set_result(reason)
 
@@ -1415,7 +1455,7 @@ class GroupCommit:
         except Refused as why:  # a new one: the traceback of this one holds the body
             self._resolve(answer, Refused(why.status, why.detail, why.headers))
         except Exception:
-            log.exception("A fault of this program")
+            log.exception("A field_error of this program")
             self._resolve(answer, Refused(500, "Internal Server Error"))
         else:
             good.append(Validated(batch, len(body), answer))
@@ -1445,18 +1485,18 @@ class GroupCommit:
         """In the writer's thread: stores a group, and has the event loop answer it."""
         try:
             failure = self._health.reason(COMMITS)
-            if self.is_stopping and failure:  # the disk had its chance, and time is short
+            if self.is_stopping and failure:  # do not wait for a failing disk again
                 raise Unavailable(failure)
             batches = [request.batch for request in group if request.batch.topics]
             outcome = self._store.commit(batches)
         except Unstorable as why:
-            if len(group) > 1:  # find the one that it is: the others are to be stored
+            if len(group) > 1:  # halve it until the bad request is alone: the others are stored
                 half = len(group) // 2
                 self._commit(group[:half])
                 self._commit(group[half:])
             else:
                 ctx = {"error": str(why)}
-                errors = [entry(["body"], "json_invalid", "JSON decode error", ctx)]
+                errors = [error_entry(["body"], "json_invalid", "JSON decode error", ctx)]
                 self._call(self._refuse, group, Refused(422, errors))
         except Unavailable as why:
             self._call(self._fail, group, str(why), None)
@@ -1466,7 +1506,7 @@ class GroupCommit:
             self._call(self._answer, group, outcome)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Has the event loop call a function."""
+        """Calls a function on the event loop."""
         self._loop.call_soon_threadsafe(function, *arguments)
 
     def _answer(self, group: list[Validated], outcome: Outcome) -> None:
@@ -1479,8 +1519,8 @@ class GroupCommit:
             self._resolve(request.answer, Counts(received, outcome.is_new.count(1, start, end)))
             start = end
         if len(outcome.is_new) > 0:  # else it was a probe
-            self.seconds.observe(outcome.seconds)
-            self.events.observe(len(outcome.is_new))
+            self.commit_seconds.observe(outcome.seconds)
+            self.group_events.observe(len(outcome.is_new))
             self._loop.call_soon(self._announce, group, outcome)  # when the answers are out
 
     def _announce(self, group: list[Validated], outcome: Outcome) -> None:
@@ -1513,7 +1553,7 @@ class GroupCommit:
     def next_event(self, topic: str | None) -> asyncio.Future[None]:
         """Resolved when the next new event of the topic (None: of any) is on disk.
 
-        Or earlier, for no reason: whoever waits looks into the database in any case.
+        It may be resolved without a new event, too. So the caller has to look into the database.
         """
         future = self._next_events.get(topic)
         if future is None:
@@ -1539,13 +1579,13 @@ class GroupCommit:
             try:
                 topics = await run
             except Unavailable as why:
-                self._health.fails(NEWS, str(why))
+                self._health.fails(CHECKS, str(why))
                 await asyncio.sleep(WATCH_SECONDS)
             except Exception as why:  # noqa: BLE001 - as in _commit
-                self._health.fails(NEWS, type(why).__name__, why)
+                self._health.fails(CHECKS, type(why).__name__, why)
                 await asyncio.sleep(WATCH_SECONDS)
             else:
-                self._health.works(NEWS)
+                self._health.works(CHECKS)
                 if topics is None:
                     self._wake_feeds(list(self._next_events))
                 elif topics:
@@ -1567,10 +1607,17 @@ class GroupCommit:
         self._store.wake()
 
     async def finish(self) -> None:
-        """Returns when all that was submitted is answered and the workers have ended."""
+        """Returns when all that was submitted is answered and the workers have ended.
+
+        If a worker has ended before, nothing more can be answered.
+        """
         self.is_stopping = True
         if not self.crashed.done():
-            await self._queue.join()
+            all_validated = asyncio.create_task(self._queue.join())
+            await asyncio.wait(
+                [all_validated, self._consumer], return_when=asyncio.FIRST_COMPLETED
+            )
+            all_validated.cancel()
         self._consumer.cancel()
         self._watcher.cancel()
         self._ready.put(None)
@@ -1583,7 +1630,7 @@ class GroupCommit:
 
 
 def log_events(topics: Sequence[str], event_ids: Sequence[str], is_new: bytearray) -> None:
-    """Logs what became of each event: a record of many lines, since a record costs 6 µs."""
+    """Logs what became of each event. One record has many lines, because a record costs 6 µs."""
     if not log.isEnabledFor(logging.WARNING):
         return
     new = []
@@ -1627,11 +1674,11 @@ FEED_HEADERS = {
 class TimeLimit:
     """A time limit for a client that keeps room in memory, as a context manager.
 
-    The block ends with TimeoutError after so many seconds, or when the limit is hurried.
+    The block ends with TimeoutError after so many seconds, or when the limit is cut short.
     """
 
     def __init__(self, limits: set[TimeLimit], seconds: float, progress: Callable[[], int]) -> None:
-        self.is_hurried = False
+        self.is_cut_short = False
         self.since = asyncio.get_running_loop().time()
         self.progress = progress  # bytes that have arrived since then
         self._limits = limits
@@ -1651,10 +1698,10 @@ class TimeLimit:
         self._limits.remove(self)
         await self._timeout.__aexit__(kind, error, traceback)
 
-    def hurry(self) -> None:
+    def cut_short(self) -> None:
         """Ends the time now."""
         if not self._timeout.expired():
-            self.is_hurried = True
+            self.is_cut_short = True
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
 
@@ -1668,18 +1715,18 @@ class TimeLimits:
         """A new limit, for an `async with`."""
         return TimeLimit(self._limits, seconds, progress)
 
-    def hurry(self, seconds: float, bytes_per_second: int) -> None:
-        """Ends the limits that have been running for so long, with less progress than that."""
+    def end_slow(self, seconds: float, bytes_per_second: int) -> None:
+        """Ends each limit that has run for so long, and whose client was no faster than that."""
         now = asyncio.get_running_loop().time()
         for limit in self._limits:
             age = now - limit.since
             if age >= seconds and limit.progress() <= age * bytes_per_second:
-                limit.hurry()
+                limit.cut_short()
 
-    def end(self) -> None:
+    def end_all(self) -> None:
         """Ends them all."""
         for limit in self._limits:
-            limit.hurry()
+            limit.cut_short()
 
 
 class Admission:
@@ -1698,7 +1745,7 @@ class Admission:
     def take(self, size: int) -> None:
         """Takes room for so many bytes; raises Refused (503) where there is none."""
         if self.in_flight_bytes + size > self._most_bytes:
-            self.arriving.hurry(SLOW_SECONDS, SLOW_BYTES_PER_SECOND)
+            self.arriving.end_slow(SLOW_SECONDS, SLOW_BYTES_PER_SECOND)
             raise unavailable("Too many bytes in flight")
         self.in_flight_bytes += size
 
@@ -1742,13 +1789,13 @@ class ReadersRoom:
 
     def page_bytes(self) -> int:
         """How many bytes the next page may have; the last event of a page may go beyond it."""
-        share = (READERS_BYTES - self._held_bytes) // READERS_SHARES
-        return max(1, min(PAGE_BYTES, share))
+        most_bytes = (READERS_BYTES - self._held_bytes) // PAGES_IN_ROOM
+        return max(1, min(PAGE_BYTES, most_bytes))
 
     async def wait(self) -> None:
         """Waits until it is not full any more."""
         while self.is_full:
-            self.taking.hurry(STUCK_SECONDS, 0)
+            self.taking.end_slow(STUCK_SECONDS, 0)
             self._has_changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._has_changed.wait(), ROOM_SECONDS)
@@ -1770,7 +1817,7 @@ class ReadersRoom:
                 self._has_changed.set()
 
 
-class Asked(NamedTuple):
+class EventsQuery(NamedTuple):
     """What a reader of GET /events asks for."""
 
     form: str  # JSON, LINES or FEED
@@ -1778,7 +1825,7 @@ class Asked(NamedTuple):
     after: int
     upto: int
     limit: int
-    is_from_now: bool  # a feed that begins with what comes: it is told its position
+    is_from_now: bool  # a feed of new events only: its first message tells it its position
 
 
 class Place(NamedTuple):
@@ -1789,8 +1836,8 @@ class Place(NamedTuple):
     after: int
     upto: int
     limit: int
-    # What a live feed waits for after this page. Say that event 7 is stored while a page is read
-    # that does not have it. A feed that waits for event 8 must not share this page.
+    # Event 7 may be stored while a page without it is being read. A feed that comes after that
+    # waits for event 8. It needs a page of its own: with this one, it would miss event 7.
     next_event: asyncio.Future[None] | None
 
 
@@ -1814,7 +1861,7 @@ class Api:
         self._health = health
         self._commits = commits
         self._admission = Admission(settings.max_in_flight_bytes)
-        self.is_local = is_loopback(settings.host)  # `serve` knows better, once it listens
+        self.is_local = is_loopback(settings.host)  # `serve` sets it again, when it listens
         self._reader_thread = ThreadPoolExecutor(1, "reader")
         self._refusals: Counter[int] = Counter()  # by status
         self._started = time.time()
@@ -1830,7 +1877,10 @@ class Api:
         self._openapi = read_beside("openapi.json")
 
     async def start(self) -> None:
-        """Starts the reader's thread, before anybody asks; raises RuntimeError without one."""
+        """Starts the reader's thread, before anybody asks.
+
+        Raises RuntimeError without a thread, Unavailable if nothing can be read.
+        """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._reader_thread, self._store.last_seq)
 
@@ -1838,7 +1888,12 @@ class Api:
         """The counters of all topics together; raises Refused (503)."""
         return await self._read(self._store.totals)
 
-    def finish(self) -> None:
+    def stop(self) -> None:
+        """Refuses what comes from now on; what is under way has a short time to be answered."""
+        self._commits.stop()
+        self._admission.arriving.end_all()
+
+    def close(self) -> None:
         """Ends the reader's thread."""
         self._reader_thread.shutdown()
 
@@ -1858,9 +1913,9 @@ class Api:
                 request, Refused(why.status, why.reason, {"Allow": allow} if allow else None)
             )
         except ConnectionError as why:  # the client is gone, or its answer was broken off
-            raise why.with_traceback(None)  # whose frames hold a page
+            raise why.with_traceback(None)  # the traceback would keep a page in memory
         except Exception:
-            log.exception("A fault of this program")
+            log.exception("A field_error of this program")
             return self._refuse(request, Refused(500, "Internal Server Error"))
 
     def _refuse(self, request: web.Request, refusal: Refused) -> web.Response:
@@ -1892,7 +1947,7 @@ class Api:
         return await handler(request)
 
     def _check_token(self, request: web.Request) -> None:
-        """Raises Refused (401), but not for the health of the service.
+        """Raises Refused (401); / and /health need no token.
 
         How long the comparison takes does not depend on the token.
         """
@@ -1913,10 +1968,11 @@ class Api:
         if self._commits.is_stopping:
             raise unavailable("The service is stopping")
         with Share(self._admission) as share:
-            answer = await self._commits.submit(await self._read_body(request, bits, share))
-        if isinstance(answer, Refused):
-            raise answer
-        received, unique = answer
+            # The body has no name here: so it is let go as soon as it is validated.
+            result = await self._commits.submit(await self._read_body(request, bits, share))
+        if isinstance(result, Refused):
+            raise result
+        received, unique = result
         text = (
             f'{{"received": {received}, "unique_processed": {unique}, '
             f'"duplicate_dropped": {received - unique}, '
@@ -1964,21 +2020,16 @@ class Api:
                     share.grow(len(piece))
                     body += piece
         except TimeoutError:
-            if limit.is_hurried:
+            if limit.is_cut_short:
                 raise unavailable("The service is stopping, or too busy for a slow body") from None
             raise Refused(408, f"The body did not arrive in {BODY_SECONDS:.0f} s") from None
         return bytes(body)
-
-    def stop(self) -> None:
-        """Refuses what comes from now on; what is under way has a short time to be answered."""
-        self._commits.stop()
-        self._admission.arriving.end()
 
     # --- GET /events ---
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """GET /events: what is stored, as JSON or as lines; or a live feed."""
-        asked = await self._asked(request)
+        asked = await self._read_query(request)
         if asked.form == FEED:
             content_type = FEED + "; charset=utf-8"
             return await self._stream(request, content_type, self._feed(asked), FEED_HEADERS)
@@ -1986,7 +2037,7 @@ class Api:
         headers = NO_STORE | {"Vary": "Accept"}
         return await self._stream(request, content_type, self._snapshot(asked), headers)
 
-    async def _asked(self, request: web.Request) -> Asked:
+    async def _read_query(self, request: web.Request) -> EventsQuery:
         """What a reader asks for, by the query and the headers; raises Refused (422)."""
         accept = header(request, "Accept")
         form = READ_FORMS[preferred(accept, list(READ_FORMS))]
@@ -1996,7 +2047,7 @@ class Api:
         limit = integer(query.get("limit"), ["query", "limit"], default=MAX_INTEGER, least=1)
         last_seq = await self._read(self._store.last_seq)
         if "event_id" in query:
-            return await self._asked_for_one(query, form, last_seq)
+            return await self._query_for_one(query, form, last_seq)
         if "tail" in query and "after" in query:
             raise Refused(422, [not_permitted("tail")])
 
@@ -2014,12 +2065,14 @@ class Api:
         else:
             after = integer(query.get("after"), ["query", "after"], 0, most=last_seq)
         upto = MAX_INTEGER if form == FEED else last_seq
-        return Asked(form, topic, after, upto, limit, is_from_now)
+        return EventsQuery(form, topic, after, upto, limit, is_from_now)
 
-    async def _asked_for_one(self, query: Mapping[str, str], form: str, last_seq: int) -> Asked:
+    async def _query_for_one(
+        self, query: Mapping[str, str], form: str, last_seq: int
+    ) -> EventsQuery:
         """One event is asked for by its identity: a page from just before it up to it."""
         if not query.get("topic"):
-            raise Refused(422, [entry(["query", "topic"], "missing", "Field required")])
+            raise Refused(422, [error_entry(["query", "topic"], "missing", "Field required")])
         if form == FEED:
             raise Refused(422, [not_permitted("event_id")])
         if "tail" in query:
@@ -2030,10 +2083,10 @@ class Api:
             after = integer(query.get("after"), ["query", "after"], 0, most=last_seq)
         seq = await self._read(self._store.find, topic, query["event_id"])
         if seq is None or seq <= after:
-            return Asked(form, topic, after, after, 1, is_from_now=False)
-        return Asked(form, topic, seq - 1, seq, 1, is_from_now=False)
+            return EventsQuery(form, topic, after, after, 1, is_from_now=False)
+        return EventsQuery(form, topic, seq - 1, seq, 1, is_from_now=False)
 
-    async def _snapshot(self, asked: Asked) -> AsyncGenerator[bytes, None]:
+    async def _snapshot(self, asked: EventsQuery) -> AsyncGenerator[bytes, None]:
         """What was stored when the reader asked, page by page.
 
         Rows are only ever added. So "up to the highest number of that moment" is a snapshot
@@ -2042,23 +2095,27 @@ class Api:
         count = 0
         after = asked.after
         is_json = asked.form == JSON
-        head = b'{"topic": %b, "events": [' % json.dumps(asked.topic).encode() if is_json else b""
+        before = b""  # what comes before the next page
+        if is_json:
+            before = b'{"topic": %b, "events": [' % json.dumps(asked.topic).encode()
         while count < asked.limit and after < asked.upto:
             limit = min(asked.limit - count, PAGE_EVENTS)
-            page = await self._page(asked.form, asked.topic, after, asked.upto, limit)
+            page = await self._shared_page(asked.form, asked.topic, after, asked.upto, limit)
             if page.count == 0:
                 break
-            if head:
-                yield head
-            yield page.text  # not added to the head: readers at one place share these bytes
-            head = b"," if is_json else b""
+            if before:
+                yield before
+            yield page.text  # as it is: readers at one place share these bytes
+            before = b"," if is_json else b""
             count += page.count
             after = page.last_seq
         if is_json:
             end = b'], "count": %d, "last_seq": %d}' % (count, after)
-            yield end if count else head + end
+            if count == 0:
+                end = before + end
+            yield end
 
-    async def _feed(self, asked: Asked) -> AsyncGenerator[bytes, None]:
+    async def _feed(self, asked: EventsQuery) -> AsyncGenerator[bytes, None]:
         """Server-Sent Events: what is stored, then what comes, until `limit` or the stop.
 
         A subscriber is a position in the sequence and nothing else. There is no buffer for it
@@ -2080,17 +2137,18 @@ class Api:
             while count < asked.limit and not self._commits.is_stopping:
                 next_event = self._commits.next_event(asked.topic)  # before reading: none slips by
                 limit = min(asked.limit - count, PAGE_EVENTS)
-                page = await self._page(FEED, asked.topic, after, asked.upto, limit, next_event)
+                page = await self._shared_page(
+                    FEED, asked.topic, after, asked.upto, limit, next_event
+                )
                 if head:
                     yield head
                     head = b""
                     sent = loop.time()
-                if page.count:
-                    yield page.text
-                    sent = loop.time()
                 count += page.count
                 after = page.last_seq
                 if page.count:
+                    yield page.text
+                    sent = loop.time()
                     active = self._subscribers - self._idle_subscribers
                     await asyncio.sleep(FEED_PAGE_SECONDS * active)
                 elif not await self._wait_for_news(
@@ -2105,12 +2163,12 @@ class Api:
         """Waits until the next event is stored, or so long; returns whether it is."""
         self._idle_subscribers += 1
         try:
-            told, _ = await asyncio.wait([next_event], timeout=max(0.0, seconds))
+            done, _ = await asyncio.wait([next_event], timeout=max(0.0, seconds))
         finally:
             self._idle_subscribers -= 1
-        return bool(told)
+        return bool(done)
 
-    async def _page(
+    async def _shared_page(
         self,
         form: str,
         topic: str | None,
@@ -2124,7 +2182,7 @@ class Api:
         reading = self._pages.get(place)
         if reading is None:
             read = functools.partial(self._store.page, form, topic, after, upto, limit)
-            reading = asyncio.create_task(self._read_page(read))
+            reading = asyncio.create_task(self._read_in_turn(read))
             self._pages[place] = reading
             reading.add_done_callback(lambda done: self._forget(place, done))
         return await asyncio.shield(reading)  # who leaves does not take the page from the others
@@ -2222,15 +2280,16 @@ class Api:
 
         That others work means little: perhaps only some pages of the file are damaged.
         """
-        if self._failed_read is not None:
-            failed_read = self._failed_read
-            self._failed_read = None
-            with contextlib.suppress(Refused):
-                await self._read(failed_read)
-                if self._failed_read is None:
-                    self._health.works(READS)
+        failed_read = self._failed_read
+        if failed_read is None:
+            return
+        with contextlib.suppress(Refused):
+            await self._read(failed_read)
+            if self._failed_read is failed_read:  # and no other has failed since
+                self._failed_read = None
+                self._health.works(READS)
 
-    async def _read_page(self, query: Callable[[int], Page]) -> Page:
+    async def _read_in_turn(self, query: Callable[[int], Page]) -> Page:
         """Runs a query for a page; it is told how many bytes it may have.
 
         Where there is no room, a page with a large event has to wait; all others go on.
@@ -2269,8 +2328,9 @@ class Api:
                     await self._write(response, first)
                     async for piece in pieces:
                         await self._write(response, piece)
+                    async with self._room.taking.limit(READER_SECONDS):
+                        await response.write_eof()
                     set_reset_on_close(request, False)
-                    await response.write_eof()
                 except BaseException:
                     if request.transport is not None:
                         request.transport.abort()
@@ -2319,7 +2379,7 @@ class Api:
         """GET /openapi.json: the contract as an OpenAPI document."""
         if not self._openapi:
             raise web.HTTPNotFound
-        return web.Response(body=self._openapi, content_type="application/json", headers=NO_STORE)
+        return web.Response(body=self._openapi, content_type=JSON, headers=NO_STORE)
 
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: Prometheus's text format 0.0.4."""
@@ -2365,8 +2425,12 @@ class Api:
             ),
             gauge("aggregator_in_flight_bytes", "Bodies held.", self._admission.in_flight_bytes),
             gauge("aggregator_requests_queued", "Requests that wait.", commits.queued),
-            histogram("aggregator_group_commit_seconds", "Time of a commit.", commits.seconds),
-            histogram("aggregator_group_commit_events", "Events in a commit.", commits.events),
+            histogram(
+                "aggregator_group_commit_seconds", "Time of a commit.", commits.commit_seconds
+            ),
+            histogram(
+                "aggregator_group_commit_events", "Events in a commit.", commits.group_events
+            ),
             gauge("aggregator_live_subscribers", "Live feeds.", self._subscribers),
             gauge(
                 "aggregator_healthy", "1 if commits and reads work.", int(not self._health.reasons)
@@ -2429,15 +2493,15 @@ def set_reset_on_close(request: web.Request, is_on: bool) -> None:
 def check_content_type(request: web.Request) -> None:
     """Raises Refused (415) unless the body is JSON.
 
-    A web page may send another site what a form can send, and browsers do not ask that site (with
-    a CORS preflight) before they do. JSON is nothing that a form can send. From a page, which the
-    header Origin shows, the type must not be missing either.
+    Without asking first (a CORS preflight), a web page can send to another site only what a form
+    can send, and a form cannot send JSON. So everything else is refused. If the header Origin shows
+    that a web page sends this, a missing type is refused, too.
     """
     content_type = request.headers.get("Content-Type", "")
     if content_type == JSON:  # almost always
         return
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type != "application/json" and (media_type or "Origin" in request.headers):
+    if media_type != JSON and (media_type or "Origin" in request.headers):
         raise Refused(415, "Send the header Content-Type: application/json", {"Accept": JSON})
 
 
@@ -2477,7 +2541,7 @@ def is_loopback(host: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def is_local_name(host: str) -> bool:
-    """False for a name other than localhost: it may be an attacker's. IP addresses are no names."""
+    """Whether it is localhost, an IP address, or empty. Any other name may be an attacker's."""
     name = host.rpartition(":")[0] if re.fullmatch(r".*:[0-9]*", host) else host
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
@@ -2486,27 +2550,27 @@ def is_local_name(host: str) -> bool:
     return True
 
 
-NO_FIT = -3  # below that of the range that fits worst, "*/*"
+NO_FIT = -3  # worse than the fit of "*/*", which is -2
 
 
 def preferred(accept: str, offers: Sequence[str]) -> str:
     """The media type that an Accept header prefers: RFC 9110, section 12.5.1.
 
-    The first offer if it likes several alike, or none.
+    The first offer if it prefers several equally, or none.
     """
     ranges: dict[str, float] = {}
     for item in accept.lower().split(","):
         media_range, *options = (part.strip() for part in item.split(";"))
         ranges[media_range] = weight(options)
 
-    def liking(offer: str) -> tuple[float, int]:
-        """The weight of the range that fits best, and how well it fits."""
+    def preference(offer: str) -> tuple[float, int]:
+        """The weight of the range that fits best, and its fit: 0 is exact, -1 type/*, -2 */*."""
         for fit, media_range in enumerate((offer, offer.partition("/")[0] + "/*", "*/*")):
             if media_range in ranges:
                 return ranges[media_range], -fit if ranges[media_range] else NO_FIT
         return 0.0, NO_FIT
 
-    return max(offers, key=liking)
+    return max(offers, key=preference)
 
 
 def weight(options: Sequence[str]) -> float:
@@ -2527,9 +2591,9 @@ def parameters(request: web.Request, known: Sequence[str]) -> dict[str, str]:
     return dict(query)
 
 
-def not_permitted(name: str) -> Entry:
+def not_permitted(name: str) -> ErrorEntry:
     """The error of a query parameter that has no place here."""
-    return entry(["query", name], "extra_forbidden", "Extra inputs are not permitted")
+    return error_entry(["query", name], "extra_forbidden", "Extra inputs are not permitted")
 
 
 def resume_position(request: web.Request, query: Mapping[str, str], last_seq: int) -> int | None:
@@ -2549,7 +2613,7 @@ def resume_position(request: web.Request, query: Mapping[str, str], last_seq: in
 def integer(
     text: str | None, loc: Loc, default: int, least: int = 0, most: int | None = None
 ) -> int:
-    """The integer in a parameter, at most MAX_INTEGER; raises Refused (422)."""
+    """The integer in a parameter; above MAX_INTEGER, it is that. Raises Refused (422)."""
     if text is None:
         return default
     try:
@@ -2558,13 +2622,13 @@ def integer(
         value = int(text)  # of more than 4300 digits: ValueError
     except ValueError:
         why = "Input should be a valid integer, unable to parse string as an integer"
-        raise Refused(422, [entry(loc, "int_parsing", why)]) from None
+        raise Refused(422, [error_entry(loc, "int_parsing", why)]) from None
     if value < least:
         why = f"Input should be greater than or equal to {least}"
-        raise Refused(422, [entry(loc, "greater_than_equal", why, {"ge": least})])
+        raise Refused(422, [error_entry(loc, "greater_than_equal", why, {"ge": least})])
     if most is not None and value > most:
         why = f"Input should be less than or equal to {most}"
-        raise Refused(422, [entry(loc, "less_than_equal", why, {"le": most})])
+        raise Refused(422, [error_entry(loc, "less_than_equal", why, {"le": most})])
     return min(value, MAX_INTEGER)
 
 
@@ -2611,7 +2675,7 @@ def create_app(settings: Settings) -> web.Application:
         finally:
             store.wake()
             commits.close()
-            api.finish()
+            api.close()
             store.close()
 
     async def stop(app: web.Application) -> None:
@@ -2697,7 +2761,7 @@ class LogHandler(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Lays the lines of a record ready."""
+        """Puts the lines of a record into the queue."""
         text = self.format(record).encode(errors="backslashreplace") + b"\n"
         with self._has_changed:
             if len(self._waiting) + len(text) > LOG_QUEUE_BYTES:
@@ -2713,7 +2777,7 @@ class LogHandler(logging.Handler):
         It lets some lines gather first: to wake up for each group of events would cost the event
         loop more than the lines themselves.
         """
-        told = 0
+        reported = 0  # of the dropped lines
         while True:
             with self._has_changed:
                 self._has_changed.wait_for(lambda: self._waiting)
@@ -2723,14 +2787,17 @@ class LogHandler(logging.Handler):
                 self._waiting.clear()
                 self._is_writing = True
             is_written = self._write(text)
-            if not is_written:
-                self.dropped_lines += text.count(b"\n")
-            elif self.dropped_lines > told:
-                count = self.dropped_lines - told
-                told = self.dropped_lines
-                why = f"{count} lines of the log were dropped: it was not read, or not writable"
-                self._write(self.format(new_record(logging.WARNING, why)).encode() + b"\n")
+            dropped = self.dropped_lines
+            if is_written and dropped > reported:
+                line = (
+                    f"{dropped - reported} lines of the log were dropped: "
+                    "it was not read, or not writable"
+                )
+                self._write(self.format(new_record(logging.WARNING, line)).encode() + b"\n")
+                reported = dropped
             with self._has_changed:
+                if not is_written:
+                    self.dropped_lines += text.count(b"\n")
                 self._is_writing = False
                 self._has_changed.notify_all()
 
@@ -2797,7 +2864,7 @@ def prepare_log(level: str) -> None:
 
 
 def return_memory() -> None:
-    """Has glibc give large blocks back to the system when they are freed."""
+    """Makes glibc give large blocks back to the system when they are freed."""
     with contextlib.suppress(ImportError, AttributeError, OSError):  # another C library
         import ctypes
 
@@ -2821,7 +2888,7 @@ class Complaints:
 
     def __init__(self, listen_again: Callable[[str, int], object]) -> None:
         self._listen_again = listen_again
-        self._told = -math.inf  # when it was said last
+        self._written_at = -math.inf  # when the line was written last
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio's exception handler."""
@@ -2830,8 +2897,8 @@ class Complaints:
         if not isinstance(error, OSError) or "accept" not in message.lower():
             loop.default_exception_handler(context)
             return
-        if loop.time() - self._told > COMPLAINT_SECONDS:
-            self._told = loop.time()
+        if loop.time() - self._written_at > COMPLAINT_SECONDS:
+            self._written_at = loop.time()
             log.error("New connections cannot be accepted: %s", error.strerror)
         if message == "Accept failed on a socket":  # Windows: and now that socket is closed
             self._listen_again(*context["socket"].getsockname()[:2])
@@ -2840,7 +2907,8 @@ class Complaints:
 async def serve(settings: Settings) -> int:
     """Serves until a signal comes, then finishes what was accepted; returns the exit status.
 
-    Raises StoreError, or OSError where nobody can listen.
+    Raises StoreError, OSError or UnicodeError where nobody can listen, RuntimeError without a
+    thread, Unavailable or Refused where the first read fails.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -2849,16 +2917,20 @@ async def serve(settings: Settings) -> int:
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS
     )
+    commits = app[COMMITS_KEY]
+    tasks = set()  # asyncio itself does not keep them alive
+
+    def listen_again_soon(host: str, port: int) -> None:
+        """Has a lost socket replaced."""
+        tasks.add(loop.create_task(listen_again(runner, commits, host, port)))
+
     try:
         await runner.setup()
-        commits = app[COMMITS_KEY]
         commits.crashed.add_done_callback(lambda _: stop.set())
         await site(runner, settings.host, settings.port).start()
         host, port = runner.addresses[0][:2]
         app[API_KEY].is_local = all(is_loopback(address[0]) for address in runner.addresses)
-        loop.set_exception_handler(
-            Complaints(lambda *place: loop.create_task(listen_again(runner, commits, *place)))
-        )
+        loop.set_exception_handler(Complaints(listen_again_soon))
         introduce(settings, link(host, port), app[STORE_KEY].location, await app[API_KEY].totals())
         await stop.wait()
         notice("Stopping: what was accepted is stored")
@@ -2880,10 +2952,10 @@ async def listen_again(runner: web.AppRunner, commits: GroupCommit, host: str, p
 
 
 def handle_signals(stop: Callable[[], object]) -> None:
-    """The first signal calls `stop`. A second one ends the process at once, or STOP_SECONDS do.
+    """The first signal calls `stop`. A second one ends the process at once.
 
-    This loses nothing that was acknowledged. It is the same on all systems; a KeyboardInterrupt
-    would come in the middle of any line.
+    So does SIGALRM, where there is one, after STOP_SECONDS. Nothing that was acknowledged is lost.
+    Without these handlers, Ctrl-C would raise KeyboardInterrupt in the middle of any line.
     """
     signals: list[int] = []
 
@@ -2903,7 +2975,7 @@ def handle_signals(stop: Callable[[], object]) -> None:
 
 
 def is_ignored_hangup(number: int) -> bool:
-    """Whether it is the signal of a terminal that closes, and nohup has had it ignored."""
+    """Whether it is SIGHUP (the terminal closes), and nohup has made the process ignore it."""
     is_hangup = number == getattr(signal, "SIGHUP", None)
     return is_hangup and signal.getsignal(number) is signal.SIG_IGN
 
@@ -2951,11 +3023,15 @@ def main() -> None:
         status = asyncio.run(serve(settings))
     except (StoreError, Unavailable) as why:
         sys.exit(f"aggregator: {why}")
-    except RuntimeError as why:  # can't start new thread
+    except Refused as why:
+        sys.exit(f"aggregator: {why.detail}")
+    except RuntimeError as why:
+        if "thread" not in str(why):
+            raise
         sys.exit(f"aggregator: {why}; see ulimit -u, or the container's limit of processes")
     except (OSError, UnicodeError) as why:
-        place = f"{settings.host}:{settings.port}"
-        sys.exit(f"aggregator: cannot listen on {place}: {listen_error(why, settings.port)}")
+        address = f"{settings.host}:{settings.port}"
+        sys.exit(f"aggregator: cannot listen on {address}: {listen_error(why, settings.port)}")
     sys.exit(status)
 
 

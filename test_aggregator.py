@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import datetime
 import email.utils
+import errno
 import functools
 import gc
 import gzip
@@ -1495,9 +1496,10 @@ ctypes.CDLL = CDLL
 
 class FileIO(io.FileIO):
     opened = weakref.WeakSet()
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.opened.add(self)
+    def __init__(self, name, *arguments, **options):
+        super().__init__(name, *arguments, **options)
+        if str(name).endswith("-wal"):
+            self.opened.add(self)
 io.FileIO = FileIO
 
 class Connection(sqlite3.Connection):
@@ -5619,7 +5621,6 @@ async def test_two_processes_on_one_file_store_nothing_twice(
 def often_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log is moved into the database after some pages already."""
     monkeypatch.setattr(aggregator, "CHECKPOINT_PAGES", 60)
-    monkeypatch.setattr(aggregator, "CHECKPOINT_REST_PAGES", 20)
     monkeypatch.setattr(aggregator, "CHECKPOINT_RETRY_PAGES", 15)
 
 
@@ -5682,6 +5683,53 @@ async def test_a_checkpoint_that_fails_is_logged_once_and_counted(
     await starts_anew(service)
     said = [record.getMessage() for record in caplog.records]
     assert said.count("Checkpoints work again") == 1
+    await all_adds_up(service)
+
+
+async def test_no_commit_waits_until_moved_pages_are_on_disk(
+    often_checkpoints: None, monkeypatch: pytest.MonkeyPatch, service: InProcess
+) -> None:
+    flushed: list[str] = []  # files, by what the system knows of them
+    go_on = threading.Event()
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert go_on.wait(PATIENCE_SECONDS)
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", fsync)
+    try:
+        while not flushed:
+            await keep_writing(service, 1)
+        await keep_writing(service, 3)
+        assert flushed == [str(service.db)]
+    finally:
+        go_on.set()
+    await starts_anew(service)
+    await all_adds_up(service)
+
+
+async def test_a_disk_that_fails_in_a_checkpoint_is_counted(
+    often_checkpoints: None,
+    monkeypatch: pytest.MonkeyPatch,
+    service: InProcess,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+
+        async def has_failed() -> bool:
+            await keep_writing(service, 1)
+            return await service.metric("aggregator_checkpoint_failures_total") >= 1
+
+        await until(has_failed)
+        said = errors_logged(caplog)
+        assert said == ["Checkpoints fail, so the write-ahead log grows: Input/output error"]
+    await starts_anew(service)
     await all_adds_up(service)
 
 
