@@ -1194,6 +1194,39 @@ VERSION_1 = """
 """
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (Refused(503, "The database cannot be read: why"), "The database cannot be read: why"),
+        (aggregator.Unavailable("disk I/O error"), "disk I/O error"),
+        (RuntimeError("can't start new thread"), "can't start new thread; see ulimit -u"),
+    ],
+)
+def test_an_error_at_the_start_is_told_in_one_line(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=f"^aggregator: {re.escape(line)}") as ended:
+        start_that_raises(error, monkeypatch)
+    assert str(ended.value).count("\n") == 0
+
+
+def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="dictionary changed size"):
+        start_that_raises(RuntimeError("dictionary changed size"), monkeypatch)
+
+
+def start_that_raises(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python aggregator.py`, where serving ends with an error."""
+
+    async def serve(settings: Settings) -> int:
+        raise error
+
+    monkeypatch.setattr(aggregator, "serve", serve)
+    monkeypatch.setattr(aggregator, "prepare_process", lambda settings: None)
+    monkeypatch.setattr(sys, "argv", ["aggregator.py"])
+    aggregator.main()
+
+
 def unfinished(path: Path) -> None:
     """A database whose program has died: what it wrote last is in the log only."""
     with contextlib.closing(sqlite3.connect(f"{path}.old")) as db:
@@ -3889,6 +3922,31 @@ async def test_another_reason_is_logged_too(
     ]
 
 
+async def test_the_last_word_of_the_log_is_true(
+    monkeypatch: pytest.MonkeyPatch, disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    def last_word() -> str:
+        return [each.getMessage() for each in caplog.records if "Commits" in each.getMessage()][-1]
+
+    failing = "Commits fail: disk I/O error"
+    for error in aggregator.Unavailable("disk I/O error"), None:
+        disk.error = error
+        await service.publish(event())
+    disk.error = aggregator.Unavailable("disk I/O error")
+    await service.publish(event())
+    assert last_word() == "Commits work again", "the other line was written a moment ago"
+    monkeypatch.setattr(aggregator, "COMPLAINT_SECONDS", 0.0)
+    await service.publish(event())
+    assert last_word() == failing
+    disk.error = None
+    for _ in range(3):
+        await service.publish(event())
+    assert last_word() == "Commits work again"
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("Commits work again") == 2
+    assert errors_logged(caplog) == [failing, failing]
+
+
 async def test_health_mends_itself_though_nobody_publishes(
     monkeypatch: pytest.MonkeyPatch, disk: Disk, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -5912,6 +5970,20 @@ async def test_a_reader_that_takes_nothing_is_let_go(
     assert time.monotonic() - began < PATIENCE_SECONDS / 2
     await until(lambda: subscribers(service, 0))
     assert len(await service.stored()) == 8, "who takes something now and then may go on"
+
+
+async def test_a_reader_that_stops_just_before_the_end_is_let_go(
+    monkeypatch: pytest.MonkeyPatch, service: InProcess
+) -> None:
+    async def never_ends(response: web.StreamResponse, data: bytes = b"") -> None:
+        await asyncio.Event().wait()  # as aiohttp does until the client has taken nearly all
+
+    await service.publish(event())
+    monkeypatch.setattr(aggregator, "READER_SECONDS", 0.2)
+    monkeypatch.setattr(web.StreamResponse, "write_eof", never_ends)
+    async with service.connection(reading("/events")) as client:
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
 
 
 async def test_readers_that_read_nothing_leave_room_for_the_others(
