@@ -464,8 +464,9 @@ class PostgresStore:
             for topic, event_id, timestamp, source, payload in rows
         ]
         text = "\n".join(lines)
-        for character, escape in LINE_BREAKS.items():
-            text = text.replace(character, escape)
+        if not text.isascii():
+            for character, escape in LINE_BREAKS.items():
+                text = text.replace(character, escape)
         return text.encode()
 
     # --- the writer's thread ---
