@@ -1258,9 +1258,9 @@ def open_store(db: str) -> Store:
 
 # --- Group commit ----------------------------------------------------------------------------
 # Queue, consumer, writer, futures. An fsync takes 0.3 to 10 ms. One for each request would allow
-# 100 to 3,000 requests a second. So the writer commits all requests that
-# are ready as one group. While it waits for the disk, the next group gathers: groups grow with the
-# load by themselves. There is no timer, and a lone request waits for nobody.
+# 100 to 3,000 requests a second. So the writer commits all requests that are ready as one group.
+# While it waits for the disk, the next group gathers: groups grow with the load by themselves.
+# There is no timer, and a lone request waits for nobody.
 # PostgreSQL, MySQL and Kafka's brokers do the same.
 #
 # The writer takes its groups from a queue of its own, and does not ask the event loop for each of
@@ -1453,14 +1453,15 @@ class GroupCommit:
         try:
             batch = validate(body, self._store.encode)
         except Refused as why:  # a new one: the traceback of this one holds the body
-            self._resolve(answer, Refused(why.status, why.detail, why.headers))
+            refusal = Refused(why.status, why.detail, why.headers)
         except Exception:
-            log.exception("A field_error of this program")
-            self._resolve(answer, Refused(500, "Internal Server Error"))
+            log.exception("A fault of this program")
+            refusal = Refused(500, "Internal Server Error")
         else:
             good.append(Validated(batch, len(body), answer))
             return
         self._submitted -= 1
+        self._resolve(answer, refusal)
 
     def _write(self) -> None:
         """The writer, in its thread: commits all that is ready, until it is told to end."""
@@ -1915,7 +1916,7 @@ class Api:
         except ConnectionError as why:  # the client is gone, or its answer was broken off
             raise why.with_traceback(None)  # the traceback would keep a page in memory
         except Exception:
-            log.exception("A field_error of this program")
+            log.exception("A fault of this program")
             return self._refuse(request, Refused(500, "Internal Server Error"))
 
     def _refuse(self, request: web.Request, refusal: Refused) -> web.Response:
