@@ -143,6 +143,7 @@ MAX_NESTING = 500  # levels of JSON: far below what overflows the smallest stack
 MAX_ERRORS = 100  # listed for one request: enough to find the mistake
 MAX_INTEGER = 2**63 - 1  # SQLite's and PostgreSQL's
 
+PIECE_REQUESTS = 32  # validated before the writer gets them: more would keep it waiting
 MAX_GROUP_BYTES = MIB // 2  # of bodies in a commit: a larger one is longer, and hardly cheaper
 BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refused
 OPEN_SECONDS = 10.0  # the same at the start, when several processes may be making the file
@@ -184,7 +185,7 @@ LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
 # events of one batch are more: p99 of single posts was 45 ms with it, and is 30 ms with this. The
 # two others, for older objects, matter little here.
 GC_THRESHOLD = (10_000, 20, 50)
-GIL_SECONDS = 0.0001  # the writer waits for the event loop to yield; Python's default is 5 ms
+GIL_SECONDS = 0.0005  # the writer waits for the event loop to yield; Python's default is 5 ms
 
 
 # --- Validation ------------------------------------------------------------------------------
@@ -1372,7 +1373,7 @@ class GroupCommit:
         self.is_stopping = False
         self._store = store
         self._health = health
-        self._queue: asyncio.Queue[Submission] = asyncio.Queue()
+        self._queue: asyncio.Queue[Submission | None] = asyncio.Queue()  # None: the end
         self._ready: queue.SimpleQueue[list[Validated] | None] = queue.SimpleQueue()
         self._writer_thread = ThreadPoolExecutor(1, "writer")
         self._watcher_thread = ThreadPoolExecutor(1, "watcher")
@@ -1424,42 +1425,56 @@ class GroupCommit:
         return self._submitted - self._taken
 
     async def _consume(self) -> None:
-        """The consumer: validates all that waits, each body by itself, and hands it on, for ever.
+        """The consumer: validates all that waits, and hands it to the writer, until the end.
 
         It runs when the handlers of this turn of the event loop have queued their requests. To
         validate them in a row takes half the time that it takes between two requests, when code
-        and data have left the processor's caches.
+        and data have left the processor's caches. But it hands them on in pieces: so the writer
+        has begun with the first before the last is validated.
         """
-        while True:
-            submission = await self._queue.get()
-            good: list[Validated] = []
-            size = 0
-            while True:
-                self._validate(submission, good)
-                size += len(submission.body)
-                if size >= MAX_GROUP_BYTES or self._queue.empty():
-                    break
-                submission = self._queue.get_nowait()
-            if good:
-                self._ready.put(good)
-            del submission, good  # while the consumer waits, it holds no body
+        while submissions := await self._take_submissions():
+            for start in range(0, len(submissions), PIECE_REQUESTS):
+                good = self._validated(submissions[start : start + PIECE_REQUESTS])
+                if good:
+                    self._ready.put(good)
+                del good
+            size = sum(len(submission.body) for submission in submissions)
+            del submissions  # while the consumer waits, it holds no body
             if size >= MAX_GROUP_BYTES:
                 await asyncio.sleep(0)  # that took its time: let others have a turn
 
-    def _validate(self, submission: Submission, good: list[Validated]) -> None:
-        """Adds a request to the good ones. Or answers it at once, if its body is not good."""
-        body, answer = submission
-        self._queue.task_done()
-        try:
-            batch = validate(body, self._store.encode)
-        except Refused as why:  # a new one: the traceback of this one holds the body
-            refusal = Refused(why.status, why.detail, why.headers)
-        except Exception:
-            log.exception("A fault of this program")
-            refusal = Refused(500, "Internal Server Error")
-        else:
-            good.append(Validated(batch, len(body), answer))
-            return
+    async def _take_submissions(self) -> list[Submission]:
+        """Takes all that waits, up to a size, or waits for the next; empty at the end."""
+        submissions: list[Submission] = []
+        size = 0
+        submission = await self._queue.get()
+        while submission is not None:
+            submissions.append(submission)
+            size += len(submission.body)
+            if size >= MAX_GROUP_BYTES or self._queue.empty():
+                return submissions
+            submission = self._queue.get_nowait()
+        if submissions:
+            self._queue.put_nowait(None)  # the end, after these
+        return submissions
+
+    def _validated(self, submissions: Sequence[Submission]) -> list[Validated]:
+        """Those whose body is good, each validated by itself; the others are answered at once."""
+        good: list[Validated] = []
+        for body, answer in submissions:
+            try:
+                batch = validate(body, self._store.encode)
+            except Refused as why:  # a new one: the traceback of this one holds the body
+                self._turn_down(answer, Refused(why.status, why.detail, why.headers))
+            except Exception:
+                log.exception("A fault of this program")
+                self._turn_down(answer, Refused(500, "Internal Server Error"))
+            else:
+                good.append(Validated(batch, len(body), answer))
+        return good
+
+    def _turn_down(self, answer: asyncio.Future[Counts | Refused], refusal: Refused) -> None:
+        """Answers a request that does not reach the writer."""
         self._submitted -= 1
         self._resolve(answer, refusal)
 
@@ -1613,13 +1628,8 @@ class GroupCommit:
         If a worker has ended before, nothing more can be answered.
         """
         self.is_stopping = True
-        if not self.crashed.done():
-            all_validated = asyncio.create_task(self._queue.join())
-            await asyncio.wait(
-                [all_validated, self._consumer], return_when=asyncio.FIRST_COMPLETED
-            )
-            all_validated.cancel()
-        self._consumer.cancel()
+        self._queue.put_nowait(None)
+        await asyncio.wait([self._consumer])
         self._watcher.cancel()
         self._ready.put(None)
         await asyncio.wait([self._writer])
@@ -1902,8 +1912,9 @@ class Api:
 
     @web.middleware
     async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answers every error as {"detail": …}, unless the connection is gone."""
+        """Asks for the token, and answers every error as {"detail": …}."""
         try:
+            self._check_access(request)
             return await handler(request)
         except Refused as why:
             why.__traceback__ = None  # its frames hold the body
@@ -1930,8 +1941,7 @@ class Api:
         headers = NO_STORE | dict(refusal.headers)
         return web.json_response(detail, status=refusal.status, headers=headers)
 
-    @web.middleware
-    async def check_access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    def _check_access(self, request: web.Request) -> None:
         """With a token set, asks for it. Without one, on loopback, refuses foreign names of hosts.
 
         Such a name may be an attacker's, made to point to 127.0.0.1 (DNS rebinding).
@@ -1945,7 +1955,6 @@ class Api:
                 "addresses: otherwise any web page could read and post here. Set an API token, or "
                 "let the proxy in front pass the header Host: localhost",
             )
-        return await handler(request)
 
     def _check_token(self, request: web.Request) -> None:
         """Raises Refused (401); / and /health need no token.
@@ -2649,7 +2658,7 @@ def create_app(settings: Settings) -> web.Application:
     commits = GroupCommit(store, health)
     api = Api(settings, store, health, commits)
     app = web.Application(
-        middlewares=[api.answer_errors, api.check_access],
+        middlewares=[api.answer_errors],
         handler_args={"auto_decompress": False, "keepalive_timeout": KEEPALIVE_SECONDS},
     )
     app[COMMITS_KEY] = commits
