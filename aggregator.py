@@ -143,7 +143,7 @@ MAX_NESTING = 500  # levels of JSON: far below what overflows the smallest stack
 MAX_ERRORS = 100  # listed for one request: enough to find the mistake
 MAX_INTEGER = 2**63 - 1  # SQLite's and PostgreSQL's
 
-PIECE_REQUESTS = 32  # validated before the writer gets them: more would keep it waiting
+PIECE_REQUESTS = 32  # handed to the writer at a time: with more of them, it begins later
 MAX_GROUP_BYTES = MIB // 2  # of bodies in a commit: a larger one is longer, and hardly cheaper
 BUSY_SECONDS = 2.0  # to wait for another process's lock before a group is refused
 OPEN_SECONDS = 10.0  # the same at the start, when several processes may be making the file
@@ -151,7 +151,9 @@ WATCH_SECONDS = 1.0  # between two looks for commits of other processes, and bet
 PROBE_BYTES = 64 * 1024  # at least, in a probe: a nearly full disk has room for small commits only
 CHECKPOINT_PAGES = 32_000  # 128 MB of log: a page that many groups changed is moved only once
 CHECKPOINT_RETRY_PAGES = CHECKPOINT_PAGES // 4  # the log may grow by so many until the next try
-CHECKPOINT_ROUNDS = 2  # the first takes 0.1 s, so the second has little to move, and leaves less
+CHECKPOINT_ROUNDS = 3  # each takes less time than the one before, and leaves less to the next
+LOG_PAGES = CHECKPOINT_PAGES * 3 // 2  # the log grows meanwhile; to make its file longer is slow
+SYNC_PAGES = 512  # moved pages (2 MB) that are written to the disk without a pause
 WARN_WAL_BYTES = (
     1_000_000_000  # so long a write-ahead log means that something keeps it from being reused
 )
@@ -185,7 +187,9 @@ LOG_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody reads
 # events of one batch are more: p99 of single posts was 45 ms with it, and is 30 ms with this. The
 # two others, for older objects, matter little here.
 GC_THRESHOLD = (10_000, 20, 50)
-GIL_SECONDS = 0.0005  # the writer waits for the event loop to yield; Python's default is 5 ms
+# The writer waits so long for the event loop to yield. Python's default of 5 ms is longer than a
+# commit. With 0.1 ms the two take turns so often that each of them costs more CPU.
+GIL_SECONDS = 0.0003
 
 
 # --- Validation ------------------------------------------------------------------------------
@@ -567,7 +571,7 @@ class Unstorable(Exception):
 
 
 class Store(Protocol):
-    """What others know of a store. Each group of methods has a thread; the groups run in parallel."""
+    """What others know of a store. Each group of methods has a thread; the threads are parallel."""
 
     location: str  # for the first lines of the log, without secrets
 
@@ -685,7 +689,7 @@ PRAGMAS = f"""
     PRAGMA temp_store = MEMORY;    -- for copies of pages, by which half a statement is undone
     PRAGMA cache_size = -16384;    -- KiB: the busy part of the index
     PRAGMA wal_autocheckpoint = 0; -- checkpoints have a thread of their own, below
-    PRAGMA journal_size_limit = {CHECKPOINT_PAGES * 4096};  -- a log that starts anew is cut to it
+    PRAGMA journal_size_limit = {LOG_PAGES * 4096};  -- a log that starts anew is cut to it
 """
 # One INSERT into a view of the writer's own is one transaction: what its trigger does is done
 # whole or not at all. The write lock is taken first, so `first` stays true whatever other processes
@@ -1000,6 +1004,13 @@ SALT_IN_WAL_HEADER = 16
 SALT_IN_FRAME = 8
 
 
+class Progress(NamedTuple):
+    """How far the checkpoint of a log is."""
+
+    moved_pages: int
+    left_pages: int
+
+
 class Checkpoints:
     """Moves the log into the database while the writer goes on, in a thread of its own.
 
@@ -1017,6 +1028,7 @@ class Checkpoints:
         self._connection = connection
         self._database = io.FileIO(path, "r+")  # Windows flushes only what can be written
         self._wal = io.FileIO(wal_path)
+        self._write_part = part_writer()
         (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
         self._frame_bytes = FRAME_HEADER_BYTES + page_bytes
         self._salt = b""  # of the log as it is now: each time that it starts anew, it changes
@@ -1053,7 +1065,9 @@ class Checkpoints:
         """Moves the rest, if it is the writer's turn; by the writer, between two commits."""
         if self._is_last_step:
             self._is_last_step = False
-            if self._move(writer) == 0 and self._is_failing:  # only now was the database synced
+            progress = self._move(writer)
+            is_synced = progress is not None and progress.left_pages == 0  # SQLite has done that
+            if is_synced and self._is_failing:
                 self._is_failing = False
                 log.warning("Checkpoints work again")
 
@@ -1063,17 +1077,23 @@ class Checkpoints:
             self._is_due.wait()
             if self._is_closing:
                 return
-            for _ in range(CHECKPOINT_ROUNDS):
-                is_moved = self._move(self._connection) is not None and self._flush()
-                if not is_moved:
-                    break
-            self._is_last_step = is_moved
+            self._is_last_step = self._move_most()
             self._is_due.clear()
             if self._is_closing:  # `end` may have set the event just before it was cleared
                 return
 
-    def _move(self, connection: sqlite3.Connection) -> int | None:
-        """Moves what nobody needs in the log, and returns how many pages are left.
+    def _move_most(self) -> bool:
+        """Moves pages and syncs them, round after round; returns whether that worked."""
+        moved_pages = 0
+        for _ in range(CHECKPOINT_ROUNDS):
+            progress = self._move(self._connection)
+            if progress is None or not self._sync(progress.moved_pages - moved_pages):
+                return False
+            moved_pages = progress.moved_pages
+        return True
+
+    def _move(self, connection: sqlite3.Connection) -> Progress | None:
+        """Moves what nobody needs in the log any more, and returns how far it came.
 
         None if it failed, or if another process is doing it. It sets the next mark, so that a
         checkpoint that is held up is not tried at each commit.
@@ -1088,20 +1108,40 @@ class Checkpoints:
             return None
         self._due_pages = max(CHECKPOINT_PAGES, pages + CHECKPOINT_RETRY_PAGES)
         self._warn(pages)
-        return int(pages - moved)
+        return Progress(moved, pages - moved)
 
-    def _flush(self) -> bool:
-        """Has the moved pages written to the disk; returns whether that worked.
+    def _sync(self, pages: int) -> bool:
+        """Has so many moved pages written to the disk; returns whether that worked.
 
         SQLite does this only when everything is moved: in the last step, where the writer, and
         everybody with it, would wait for all of them.
         """
         try:
+            self._write_in_parts(pages)
             os.fsync(self._database.fileno())
         except OSError as why:
             self._fail(str(why.strerror))
             return False
         return True
+
+    def _write_in_parts(self, pages: int) -> None:
+        """Has the moved pages written in parts, with pauses, where the system can do that.
+
+        Commits need the disk, too. A part of the file has some SYNC_PAGES moved pages in it. After
+        each, the disk is left to the writer for half as long as the part took. PostgreSQL spreads
+        its checkpoints, too. Whether it worked need not be asked: SQLite's own sync will tell.
+        """
+        if self._write_part is None or pages <= SYNC_PAGES:
+            return
+        database = self._database.fileno()
+        size = os.fstat(database).st_size
+        part = math.ceil(size * SYNC_PAGES / pages)
+        for start in range(0, size, part):
+            if self._is_closing:
+                return
+            started = time.perf_counter()
+            self._write_part(database, start, part, WRITE_AND_WAIT)
+            time.sleep((time.perf_counter() - started) / 2)
 
     def _fail(self, reason: str) -> None:
         """Counts a checkpoint that failed, and says it once."""
@@ -1137,6 +1177,25 @@ class Checkpoints:
         descriptor of it: https://www.sqlite.org/howtocorrupt.html, section 2.2.
         """
         self._database.close()
+
+
+WRITE_AND_WAIT = 7  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER
+
+
+def part_writer() -> Callable[[int, int, int, int], int] | None:
+    """Linux's sync_file_range, which writes a part of a file to the disk; None on other systems.
+
+    It takes a descriptor, the start, the number of bytes, and flags. It returns 0, or -1.
+    https://man7.org/linux/man-pages/man2/sync_file_range.2.html
+    """
+    try:
+        import ctypes
+
+        write_part = ctypes.CDLL(None).sync_file_range
+    except (ImportError, AttributeError, OSError, TypeError):
+        return None
+    write_part.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return write_part
 
 
 def check_sqlite_version() -> None:
@@ -1317,7 +1376,7 @@ CHECKS = "Checks of the database"
 
 
 class Health:
-    """What fails now. The log says it when that begins and when it ends, and not at each request."""
+    """What fails now. The log says it when it begins and when it ends, and not at each request."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}  # what fails - why
@@ -1429,8 +1488,8 @@ class GroupCommit:
 
         It runs when the handlers of this turn of the event loop have queued their requests. To
         validate them in a row takes half the time that it takes between two requests, when code
-        and data have left the processor's caches. But it hands them on in pieces: so the writer
-        has begun with the first before the last is validated.
+        and data have left the processor's caches. They are handed on in pieces, so that the writer
+        begins with the first while the others are validated.
         """
         while submissions := await self._take_submissions():
             for start in range(0, len(submissions), PIECE_REQUESTS):
@@ -1908,11 +1967,14 @@ class Api:
         """Ends the reader's thread."""
         self._reader_thread.shutdown()
 
-    # --- middlewares ---
+    # --- the middleware ---
 
     @web.middleware
-    async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Asks for the token, and answers every error as {"detail": …}."""
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Lets in who may come in, and answers every error as {"detail": …}.
+
+        Only if the connection is gone, there is nobody to answer.
+        """
         try:
             self._check_access(request)
             return await handler(request)
@@ -2658,7 +2720,7 @@ def create_app(settings: Settings) -> web.Application:
     commits = GroupCommit(store, health)
     api = Api(settings, store, health, commits)
     app = web.Application(
-        middlewares=[api.answer_errors],
+        middlewares=[api.guard],
         handler_args={"auto_decompress": False, "keepalive_timeout": KEEPALIVE_SECONDS},
     )
     app[COMMITS_KEY] = commits

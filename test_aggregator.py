@@ -2067,7 +2067,7 @@ async def test_each_connection_waits_for_the_disk_and_for_others(
         "fullfsync": 1,
         "temp_store": memory,
         "wal_autocheckpoint": 0,
-        "journal_size_limit": 32_000 * 4096,
+        "journal_size_limit": 48_000 * 4096,
         "cache_size": -16384,
         "busy_timeout": 2000,
         "journal_mode": "wal",
@@ -2172,6 +2172,30 @@ async def test_a_group_is_bounded_by_its_bytes(
     assert disk.groups == [1, *groups]
 
 
+async def test_the_writer_begins_before_all_that_waits_is_validated(
+    monkeypatch: pytest.MonkeyPatch, disk: Disk, service: InProcess
+) -> None:
+    monkeypatch.setattr(aggregator, "PIECE_REQUESTS", 4)
+    really_validate = aggregator.validate
+    validated = 0
+
+    def validate_the_sixth_later(body: bytes, encode: Any) -> Batch:
+        nonlocal validated
+        validated += 1
+        deadline = time.monotonic() + 5
+        while validated == 6 and not disk.groups:  # nothing else happens on the event loop
+            assert time.monotonic() < deadline, "the writer waits for all of them"
+            time.sleep(0.005)
+        return really_validate(body, encode)
+
+    monkeypatch.setattr(aggregator, "validate", validate_the_sixth_later)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(service.connection()) for _ in range(6)]
+        requests = [request(json_of(event(event_id=str(number)))) for number in range(6)]
+        await asyncio.gather(*(client.send(each) for client, each in zip(clients, requests)))
+        assert {(await client.answer()).counts for client in clients} == {(1, 1, 0)}
+
+
 async def test_only_the_writers_thread_writes_and_only_the_readers_reads(
     disk: Disk, reads: Reads, service: InProcess
 ) -> None:
@@ -2199,6 +2223,20 @@ async def test_a_fault_of_the_program_is_500_and_harms_nobody(
     assert (await service.publish(event())).counts == (1, 1, 0)
     assert await service.health() == 200
     assert await in_flight(service, 0)
+
+
+async def test_a_fault_of_a_handler_is_500_with_a_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, service: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(accept: str, offers: Any) -> str:
+        raise RuntimeError("in /secret/path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(aggregator, "preferred", fail)
+        async with service.connection(reading("/events")) as client:
+            assert (await client.answer()).detail(500) == "Internal Server Error"
+    assert errors_logged(caplog) == ["A fault of this program"]
+    assert (await service.ask("GET", "/events")).status == 200
 
 
 async def test_fifty_publishers_of_the_same_ids_store_each_once(service: InProcess) -> None:
@@ -3923,7 +3961,10 @@ async def test_another_reason_is_logged_too(
 
 
 async def test_the_last_word_of_the_log_is_true(
-    monkeypatch: pytest.MonkeyPatch, disk: Disk, service: InProcess, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    disk: Disk,
+    service: InProcess,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def last_word() -> str:
         return [each.getMessage() for each in caplog.records if "Commits" in each.getMessage()][-1]
@@ -5766,6 +5807,58 @@ async def test_no_commit_waits_until_moved_pages_are_on_disk(
         go_on.set()
     await starts_anew(service)
     await all_adds_up(service)
+
+
+async def test_moved_pages_are_written_in_parts_of_the_file(
+    often_checkpoints: None, monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    rounds: list[list[int]] = []  # in each, where parts begin and the last one ends
+    sizes: list[int] = []  # of the file, at the end of each round
+
+    def write_part(descriptor: int, start: int, size: int, flags: int) -> int:
+        if start == 0:
+            rounds.append([0])
+            sizes.append(0)
+        assert rounds[-1][-1] == start, "nothing is left out"
+        rounds[-1].append(start + size)
+        sizes[-1] = os.fstat(descriptor).st_size
+        return -1  # it does not matter
+
+    monkeypatch.setattr(aggregator, "SYNC_PAGES", 15)
+    monkeypatch.setattr(aggregator, "part_writer", lambda: write_part)
+    service = await serve()
+    await keep_writing(service, 1)
+    await starts_anew(service)
+    for parts, size in zip(rounds, sizes):
+        assert parts[-1] >= size > 0
+        assert len(parts) > 2
+    assert len(rounds[0]) >= 60 / 15, "some 60 pages were moved"
+    await all_adds_up(service)
+
+
+async def test_moved_pages_are_written_at_once_where_there_is_no_other_way(
+    often_checkpoints: None, monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    monkeypatch.setattr(aggregator, "SYNC_PAGES", 15)
+    monkeypatch.setattr(aggregator, "part_writer", lambda: None)
+    service = await serve()
+    await keep_writing(service, 1)
+    await starts_anew(service)
+    assert await service.metric("aggregator_checkpoint_failures_total") == 0
+    await all_adds_up(service)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux")
+def test_linux_can_write_a_part_of_a_file(tmp_path: Path) -> None:
+    write_part = aggregator.part_writer()
+    assert write_part is not None
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x" * 10_000)
+        file.flush()
+        beyond_4_gb = 2**33
+        for start in (0, 4096, beyond_4_gb):
+            assert write_part(file.fileno(), start, 4096, aggregator.WRITE_AND_WAIT) == 0
+        assert write_part(file.fileno(), -1, 4096, aggregator.WRITE_AND_WAIT) == -1
 
 
 async def test_a_disk_that_fails_in_a_checkpoint_is_counted(
@@ -8601,6 +8694,7 @@ NUMBERS = [  # the text, and what it says
     ("README.md", f"to {aggregator.OPEN_FILES:,} where the system allows it"),
     ("README.md", f"{aggregator.PAGE_EVENTS} events or {aggregator.PAGE_BYTES // 1024} KiB"),
     ("README.md", f"about {aggregator.CHECKPOINT_PAGES * 4096 // 10**7}0 MB"),
+    ("README.md", f"keeps up to {round(aggregator.LOG_PAGES * 4096 / 10**8)}00 MB"),
     ("README.md", f"for more than {IN_WORDS[int(aggregator.BUSY_SECONDS)]} seconds"),
     ("README.md", f"a database log over {aggregator.WARN_WAL_BYTES // 10**9} GB"),
     ("README.md", "with SQLite 3.38 or newer"),  # check_sqlite_version has a test of its own
