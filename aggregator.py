@@ -1077,7 +1077,10 @@ class Checkpoints:
             self._is_due.wait()
             if self._is_closing:
                 return
-            self._is_last_step = self._move_most()
+            try:
+                self._is_last_step = self._move_most()
+            except Exception as why:  # noqa: BLE001 - whatever it is, the thread goes on
+                self._fail(type(why).__name__, why)
             self._is_due.clear()
             if self._is_closing:  # `end` may have set the event just before it was cleared
                 return
@@ -1143,14 +1146,15 @@ class Checkpoints:
             self._write_part(database, start, part, WRITE_AND_WAIT)
             time.sleep((time.perf_counter() - started) / 2)
 
-    def _fail(self, reason: str) -> None:
-        """Counts a checkpoint that failed, and says it once."""
+    def _fail(self, reason: str, error: Exception | None = None) -> None:
+        """Counts a checkpoint that failed, and says it once; with an error that nobody expected."""
         if self._is_closing:
             return
         self.failed += 1
         self._due_pages += CHECKPOINT_RETRY_PAGES
         if not self._is_failing:
-            log.error("Checkpoints fail, so the write-ahead log grows: %s", reason)
+            line = f"Checkpoints fail, so the write-ahead log grows: {reason}"
+            log.error("%s", line, exc_info=error)
         self._is_failing = True
 
     def _warn(self, pages: int) -> None:

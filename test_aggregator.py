@@ -5843,8 +5843,39 @@ async def test_moved_pages_are_written_at_once_where_there_is_no_other_way(
     monkeypatch.setattr(aggregator, "part_writer", lambda: None)
     service = await serve()
     await keep_writing(service, 1)
-    await starts_anew(service)
+    for _ in range(2):
+        await starts_anew(service)
     assert await service.metric("aggregator_checkpoint_failures_total") == 0
+    await all_adds_up(service)
+
+
+async def test_a_fault_of_the_program_in_a_checkpoint_is_counted(
+    often_checkpoints: None,
+    monkeypatch: pytest.MonkeyPatch,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    is_faulty = True
+
+    def write_part(descriptor: int, start: int, size: int, flags: int) -> int:
+        if is_faulty:
+            raise RuntimeError("in /secret/path")
+        return 0
+
+    monkeypatch.setattr(aggregator, "SYNC_PAGES", 15)
+    monkeypatch.setattr(aggregator, "part_writer", lambda: write_part)
+    service = await serve()
+
+    async def has_failed() -> bool:
+        await keep_writing(service, 1)
+        return await service.metric("aggregator_checkpoint_failures_total") >= 1
+
+    await until(has_failed)
+    said = errors_logged(caplog)
+    assert said == ["Checkpoints fail, so the write-ahead log grows: RuntimeError"]
+    is_faulty = False
+    for _ in range(2):
+        await starts_anew(service)
     await all_adds_up(service)
 
 
@@ -5855,8 +5886,7 @@ def test_linux_can_write_a_part_of_a_file(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         file.write(b"x" * 10_000)
         file.flush()
-        beyond_4_gb = 2**33
-        for start in (0, 4096, beyond_4_gb):
+        for start in (0, 4096, 2**31, 2**33):
             assert write_part(file.fileno(), start, 4096, aggregator.WRITE_AND_WAIT) == 0
         assert write_part(file.fileno(), -1, 4096, aggregator.WRITE_AND_WAIT) == -1
 
