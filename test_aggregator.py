@@ -2172,6 +2172,15 @@ async def test_a_group_is_bounded_by_its_bytes(
     assert disk.groups == [1, *groups]
 
 
+async def answers_at_once(service: Service, number: int, size: int = 0) -> list[Any]:
+    """Publishes so many events in the same turn of the event loop; returns the counts."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(service.connection()) for _ in range(number)]
+        bodies = [json_of(event(event_id=str(n))).ljust(size) for n in range(number)]
+        await asyncio.gather(*(each.send(request(body)) for each, body in zip(clients, bodies)))
+        return [(await client.answer()).counts for client in clients]
+
+
 async def test_the_writer_begins_before_all_that_waits_is_validated(
     monkeypatch: pytest.MonkeyPatch, disk: Disk, service: InProcess
 ) -> None:
@@ -2189,11 +2198,37 @@ async def test_the_writer_begins_before_all_that_waits_is_validated(
         return really_validate(body, encode)
 
     monkeypatch.setattr(aggregator, "validate", validate_the_sixth_later)
-    async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(service.connection()) for _ in range(6)]
-        requests = [request(json_of(event(event_id=str(number)))) for number in range(6)]
-        await asyncio.gather(*(client.send(each) for client, each in zip(clients, requests)))
-        assert {(await client.answer()).counts for client in clients} == {(1, 1, 0)}
+    assert await answers_at_once(service, 6) == [(1, 1, 0)] * 6
+
+
+async def test_a_group_of_requests_that_come_at_once_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, disk: Disk, service: InProcess
+) -> None:
+    monkeypatch.setattr(aggregator, "MAX_GROUP_BYTES", 1000)
+    assert await answers_at_once(service, 6, size=500) == [(1, 1, 0)] * 6
+    assert max(disk.groups) <= 2
+
+
+async def test_no_request_stays_in_memory_after_its_answer(service: InProcess) -> None:
+    kept = (aggregator.Submission, aggregator.Validated)
+    assert (await service.publish(event())).counts == (1, 1, 0)
+    (await service.publish(event(topic=""))).detail(422)
+    await until(lambda: not any(isinstance(each, kept) for each in gc.get_objects()))
+
+
+async def test_what_comes_just_before_the_end_is_answered(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "events.db"))
+    commits = aggregator.GroupCommit(store, aggregator.Health())
+    await commits.start()
+    answer = commits.submit(json_of(event()))
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await commits.finish()
+            assert await answer == (1, 1)
+    finally:
+        store.wake()
+        commits.close()
+        store.close()
 
 
 async def test_only_the_writers_thread_writes_and_only_the_readers_reads(
