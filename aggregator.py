@@ -1150,12 +1150,12 @@ class Checkpoints:
         """Counts a checkpoint that failed, and says it once; with an error that nobody expected."""
         if self._is_closing:
             return
-        self.failed += 1
         self._due_pages += CHECKPOINT_RETRY_PAGES
         if not self._is_failing:
             line = f"Checkpoints fail, so the write-ahead log grows: {reason}"
             log.error("%s", line, exc_info=error)
         self._is_failing = True
+        self.failed += 1  # last: whoever sees it finds the line in the log
 
     def _warn(self, pages: int) -> None:
         """Says once that the log has become very long."""
