@@ -152,7 +152,7 @@ PROBE_BYTES = 64 * 1024  # at least, in a probe: a nearly full disk has room for
 CHECKPOINT_PAGES = 32_000  # 128 MB of log: a page that many groups changed is moved only once
 CHECKPOINT_RETRY_PAGES = CHECKPOINT_PAGES // 4  # the log may grow by so many until the next try
 CHECKPOINT_ROUNDS = 3  # each takes less time than the one before, and leaves less to the next
-LOG_PAGES = CHECKPOINT_PAGES * 3 // 2  # the log grows meanwhile; to make its file longer is slow
+LOG_PAGES = CHECKPOINT_PAGES * 3 // 2  # the log's file keeps room: to make it longer is slow
 SYNC_PAGES = 512  # moved pages (2 MB) that are written to the disk without a pause
 WARN_WAL_BYTES = (
     1_000_000_000  # so long a write-ahead log means that something keeps it from being reused
@@ -1147,7 +1147,10 @@ class Checkpoints:
             time.sleep((time.perf_counter() - started) / 2)
 
     def _fail(self, reason: str, error: Exception | None = None) -> None:
-        """Counts a checkpoint that failed, and says it once; with an error that nobody expected."""
+        """Counts a checkpoint that failed, and says it once.
+
+        `error` is one that nobody expected, for its traceback.
+        """
         if self._is_closing:
             return
         self._due_pages += CHECKPOINT_RETRY_PAGES
@@ -1501,9 +1504,8 @@ class GroupCommit:
                 if good:
                     self._ready.put(good)
                 del good
-            size = sum(len(submission.body) for submission in submissions)
             del submissions  # while the consumer waits, it holds no body
-            if size >= MAX_GROUP_BYTES:
+            if not self._queue.empty():  # these were as many as may be taken at a time
                 await asyncio.sleep(0)  # that took its time: let others have a turn
 
     async def _take_submissions(self) -> list[Submission]:

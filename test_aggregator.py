@@ -2205,8 +2205,26 @@ async def test_a_group_of_requests_that_come_at_once_is_bounded(
     monkeypatch: pytest.MonkeyPatch, disk: Disk, service: InProcess
 ) -> None:
     monkeypatch.setattr(aggregator, "MAX_GROUP_BYTES", 1000)
+    really_validate = aggregator.validate
+    turn = 0  # of the event loop
+    validated_in: set[int] = set()  # turns
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    def validate(body: bytes, encode: Any) -> Batch:
+        validated_in.add(turn)
+        return really_validate(body, encode)
+
+    monkeypatch.setattr(aggregator, "validate", validate)
+    counting = asyncio.create_task(count_turns())
     assert await answers_at_once(service, 6, size=500) == [(1, 1, 0)] * 6
+    counting.cancel()
     assert max(disk.groups) <= 2
+    assert len(validated_in) >= 3, "others have their turns in between"
 
 
 async def test_no_request_stays_in_memory_after_its_answer(service: InProcess) -> None:
@@ -2244,34 +2262,29 @@ async def test_only_the_writers_thread_writes_and_only_the_readers_reads(
     assert len(disk.threads | reads.threads | {threading.current_thread().name}) == 3
 
 
+@pytest.mark.parametrize(
+    ("function", "sent"),
+    [("validate", request(json_of(event()))), ("preferred", reading("/events"))],
+    ids=["in the consumer", "in a handler"],
+)
 async def test_a_fault_of_the_program_is_500_and_harms_nobody(
-    monkeypatch: pytest.MonkeyPatch, service: InProcess, caplog: pytest.LogCaptureFixture
+    function: str,
+    sent: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    service: InProcess,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(body: bytes, encode: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         raise RuntimeError("in /secret/path")
 
     with monkeypatch.context() as patched:
-        patched.setattr(aggregator, "validate", fail)
-        async with service.connection(request(json_of(event()))) as client:
+        patched.setattr(aggregator, function, fail)
+        async with service.connection(sent) as client:
             assert (await client.answer()).detail(500) == "Internal Server Error"
     assert errors_logged(caplog) == ["A fault of this program"]
     assert (await service.publish(event())).counts == (1, 1, 0)
     assert await service.health() == 200
     assert await in_flight(service, 0)
-
-
-async def test_a_fault_of_a_handler_is_500_with_a_line_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, service: InProcess, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(accept: str, offers: Any) -> str:
-        raise RuntimeError("in /secret/path")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(aggregator, "preferred", fail)
-        async with service.connection(reading("/events")) as client:
-            assert (await client.answer()).detail(500) == "Internal Server Error"
-    assert errors_logged(caplog) == ["A fault of this program"]
-    assert (await service.ask("GET", "/events")).status == 200
 
 
 async def test_fifty_publishers_of_the_same_ids_store_each_once(service: InProcess) -> None:
